@@ -1,0 +1,1042 @@
+"""Nutshell: a complete API service in one file.
+
+Read it from top to bottom: nothing is used above the line that defines it.
+
+    Settings      what the environment may say, read once
+    Errors        one shape for every refusal
+    Tables        what is stored, what comes in, what goes out
+    Database      many readers, one writer, tables made at the start
+    Security      passwords, the signing key, tokens
+    Mail          sent in the background
+    Dependencies  who is asking, and may they?
+    Routes        accounts and tokens, users
+    Pages         health and docs
+    Assembly      what every request passes through, and the server
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import smtplib
+import sqlite3
+import ssl
+import string
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from email.message import EmailMessage
+from functools import cache
+from http import HTTPStatus
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Generic, Literal, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+from uuid import uuid4
+
+import bcrypt
+import uvicorn
+from anyio import CapacityLimiter, to_thread
+from email_validator import validate_email
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.staticfiles import StaticFiles
+from jose import jwk, jwt
+from pydantic import AfterValidator, BaseModel, IPvAnyNetwork, StringConstraints, ValidationError
+from pydantic.functional_validators import field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import Connection, delete, event, func, inspect, make_url, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchColumnError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlmodel import AutoString, Field, Relationship, SQLModel, col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+API = "/api/v1"
+log = logging.getLogger("nutshell")
+
+
+def now() -> datetime:
+    """The one clock: UTC, like all that is stored and sent."""
+    return datetime.now(UTC)
+
+
+def random_id() -> str:
+    return uuid4().hex
+
+
+# --- Settings -------------------------------------------------------------------------------------
+# All that the service may be told, read once from the environment or `.env`; nothing below looks
+# there again. A wrong value ends the start with one line: the name, the value, the rule.
+
+TEXT = r"^[^\x00]*$"
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
+    00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine princess
+    football trustno1""".split()
+
+
+def plain_email(address: str) -> str:
+    """One address and nothing around it, in lower case: nobody tells A@b.co from a@b.co."""
+    try:
+        return validate_email(address.strip().lower(), check_deliverability=False).normalized
+    except ValueError:  # whose own words would repeat what was typed
+        raise ValueError("must be one plain email address") from None
+
+
+def uncommon(password: str) -> str:
+    if password.lower() in COMMON_PASSWORDS:
+        raise ValueError("is among the passwords that are guessed first")
+    return password
+
+
+Email = Annotated[
+    str, Field(max_length=254, schema_extra={"format": "email"}), AfterValidator(plain_email)
+]
+Password = Annotated[
+    str, StringConstraints(min_length=8, max_length=128, pattern=TEXT), AfterValidator(uncommon)
+]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
+
+
+class Settings(BaseSettings):
+    """README says what each one means. An empty value counts as not set."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    environment: Literal["development", "production"] = "development"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65_535)
+    workers: int = Field(default=1, ge=1, le=256)
+    forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
+    database_url: str = "sqlite+aiosqlite:///./app.db"
+    secret_key: str | None = None
+    access_token_expire_minutes: int = Field(default=30, ge=1, le=525_600)
+    refresh_token_expire_days: int = Field(default=7, ge=1, le=3_650)
+    bcrypt_rounds: int = Field(default=12, ge=4, le=16)
+    first_superuser_email: Email | None = None
+    first_superuser_password: Password | None = None
+    registration: Literal["open", "closed"] = "open"
+    cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
+    smtp_url: str | None = Field(default=None, regex=r"^smtps?://([^@\s]*@)?[^@:/\s]+(:\d{1,5})?/?$")
+    mail_from: Email | None = None
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+
+    @field_validator("forwarded_allow_ips", "cors_origins", mode="before")
+    @classmethod
+    def comma_list(cls, value: str) -> list[str]:
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("database_url")
+    @classmethod
+    def known_database(cls, value: str) -> str:
+        if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", value):
+            raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
+        if ":memory:" in value:
+            raise ValueError("every connection would have a :memory: of its own; name a file")
+        return make_url(value).render_as_string(hide_password=False)
+
+    @model_validator(mode="after")
+    def fit_together(self) -> "Settings":
+        production = self.environment == "production"
+        if self.secret_key is None and (production or self.sqlite_file is None):
+            raise ValueError("SECRET_KEY: must be set in production and with PostgreSQL")
+        if self.secret_key is not None and len(self.secret_key.encode()) < 32:
+            raise ValueError("SECRET_KEY: must have at least 32 bytes")
+        if production and "*" in self.cors_origins:
+            raise ValueError("CORS_ORIGINS='*': is refused in production")
+        if (self.first_superuser_email is None) != (self.first_superuser_password is None):
+            raise ValueError("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
+        return self
+
+    @property
+    def sqlite_file(self) -> str | None:
+        url = make_url(self.database_url)
+        return url.database if url.drivername == "sqlite+aiosqlite" else None
+
+
+def read_settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        line = problem["msg"].removeprefix("Value error, ")
+        if problem["loc"]:
+            name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
+            if name.endswith("_URL"):  # it may hold a password: only the scheme is shown
+                value = value.partition(":")[0] + ":…'"
+            line = f"{name}: {line}" if name.endswith("_PASSWORD") else f"{name}={value}: {line}"
+        print(line, file=sys.stderr)
+        raise SystemExit(3) from None  # to uvicorn 3 means: do not start this worker again
+
+
+settings = read_settings()
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+# Every refusal has one shape: what is wrong, a code for programs, the id of the request. Routes
+# raise `Refusal`; the handlers bring what the libraries raise into the same shape.
+
+REFUSALS = {
+    "BAD_REQUEST": (400, "This cannot be parsed"),
+    "INVALID_CREDENTIALS": (401, "The email or the password is wrong"),
+    "INVALID_TOKEN": (401, "The token is missing, malformed, expired or revoked"),
+    "TOKEN_REUSED": (401, "This refresh token was used before, so its session has ended"),
+    "INSUFFICIENT_PERMISSIONS": (403, "You may not do this"),
+    "NOT_FOUND": (404, "There is no such thing"),
+    "EMAIL_TAKEN": (409, "There is an account with this email"),
+    "CONFLICT": (409, "What this is about has changed in the meantime"),
+    "BODY_TOO_LARGE": (413, "The body is larger than 1 MiB"),
+    "VALIDATION_ERROR": (422, "Some fields are wrong"),
+    "INTERNAL_ERROR": (500, "The service made a mistake; its log has the details"),
+    "UNAVAILABLE": (503, "The service is busy, try again"),
+}
+REFUSAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+
+
+class Refusal(HTTPException):
+    """`raise Refusal("NOT_FOUND")`: the table above knows the rest."""
+
+    def __init__(self, code: str, detail: Any = None) -> None:
+        status, usual = REFUSALS[code]
+        super().__init__(status, detail or usual, REFUSAL_HEADERS.get(status))
+        self.code = code
+
+
+class Problem(BaseModel):
+    """What every error looks like; of a 422, detail lists the fields."""
+
+    detail: str | list[dict[str, Any]]
+    error_code: str
+    request_id: str
+
+
+def refuses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What /docs says of errors."""
+    return {s: {"model": Problem, "description": HTTPStatus(s).phrase} for s in statuses}
+
+
+async def on_refusal(request: Request, error: Any) -> Response:
+    """Our own refusals, and those of Starlette and FastAPI: 400, 404, 405."""
+    code = getattr(error, "code", HTTPStatus(error.status_code).name)
+    body = {"detail": error.detail, "error_code": code, "request_id": request.state.request_id}
+    # json.dumps writes ASCII: even half of a surrogate pair in the name of a field gets out.
+    return Response(json.dumps(body), error.status_code, error.headers, "application/json")
+
+
+async def on_invalid_input(request: Request, error: Any) -> Response:
+    """What is wrong and where, never the value: it may be a password."""
+    fields = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
+    if fields[0]["type"] == "json_invalid":
+        return await on_refusal(request, Refusal("BAD_REQUEST"))
+    return await on_refusal(request, Refusal("VALIDATION_ERROR", fields))
+
+
+async def on_database_error(request: Request, error: Any) -> Response:
+    """The database keeps the rules, so that no check can race; here its refusals get names.
+    All else is a lock or connection that did not come in time, a full disk, a server that is gone."""
+    if isinstance(error, IntegrityError):
+        code = "EMAIL_TAKEN" if "email" in str(error.orig) else "CONFLICT"
+        return await on_refusal(request, Refusal(code))
+    log.error("the database failed", exc_info=error)
+    return await on_refusal(request, Refusal("UNAVAILABLE"))
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+# A table inherits what people say of themselves and adds what only we know; Create and Update say
+# what may come in, Public and Read what goes out. Each constraint is written once, as a named type.
+
+OneLine = StringConstraints(strip_whitespace=True, pattern=ONE_LINE)
+WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
+Name = Annotated[str | None, Field(max_length=100), OneLine]
+Age = Annotated[int | None, Field(ge=1, le=149)]
+Bio = Annotated[str | None, Field(max_length=2_000), StringConstraints(pattern=TEXT)]
+AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress]
+Role = Literal["user", "admin"]
+Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Item = TypeVar("Item")
+
+
+class Person(SQLModel):
+    """What people say of themselves when they sign up."""
+
+    first_name: Name = None
+    last_name: Name = None
+    age: Age = None
+
+
+class UserCreate(Person):
+    model_config = {"extra": "forbid"}
+
+    email: Email
+    password: Password
+
+
+class UserCreateByAdmin(UserCreate):
+    role: Role = "user"
+    is_active: bool = True
+
+
+class UserUpdate(Person):
+    """All may be left out; null clears what may be empty and is refused for the rest."""
+
+    model_config = {"extra": "forbid"}
+
+    bio: Bio = None
+    avatar_url: AvatarUrl = None
+    email: Email = Field(default=None)
+    password: Password = Field(default=None)
+    current_password: str = Field(default="", max_length=128)
+    role: Role = Field(default=None)
+    is_active: bool = Field(default=None)
+
+
+class User(Person, table=True):
+    __table_args__ = {"sqlite_autoincrement": True}  # an id is never given to a second person
+
+    id: int = Field(default=None, primary_key=True)
+    email: Email = Field(unique=True)
+    hashed_password: str
+    bio: Bio = None
+    avatar_url: AvatarUrl = None
+    role: Role = Field(default="user", sa_type=AutoString)
+    is_active: bool = True
+    created_at: datetime = Field(default_factory=now)
+    updated_at: datetime = Field(default_factory=now, sa_column_kwargs={"onupdate": now})
+
+    @property
+    def full_name(self) -> str:
+        return " ".join(filter(None, (self.first_name, self.last_name))) or f"user {self.id}"
+
+    @property
+    def is_superuser(self) -> bool:
+        return self.role == "admin"
+
+
+class UserPublic(SQLModel):
+    """What everybody who is signed in may know of somebody."""
+
+    id: int
+    full_name: str
+    bio: Bio
+    avatar_url: AvatarUrl
+    created_at: datetime
+
+
+class UserRead(UserPublic, Person):
+    """What only they themselves and superusers may know."""
+
+    email: str
+    role: Role
+    is_superuser: bool
+    is_active: bool
+    updated_at: datetime
+
+
+class LoginSession(SQLModel, table=True):
+    """One login. Each refresh replaces `refresh_jti` and keeps the one before it."""
+
+    __tablename__ = "session"
+
+    id: str = Field(default_factory=random_id, primary_key=True)
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    refresh_jti: str = Field(default_factory=random_id)
+    previous_jti: str | None = None
+    rotated_at: datetime = Field(default_factory=now)
+    expires_at: datetime
+    user: User = Relationship(sa_relationship_kwargs={"lazy": "joined"})
+
+
+class Tokens(BaseModel):
+    access_token: str
+    refresh_token: str
+    token_type: Literal["bearer"] = "bearer"
+    expires_in: int
+
+
+class PageQuery(BaseModel):
+    page: int = Field(default=1, ge=1, le=2**31 - 1)
+    size: int = Field(default=20, ge=1, le=100)
+
+
+class UserQuery(PageQuery):
+    is_active: bool | None = None
+
+
+class Page(BaseModel, Generic[Item]):
+    items: list[Item]
+    total: int
+    page: int
+    size: int
+    pages: int
+
+
+# --- Database -------------------------------------------------------------------------------------
+# SQLite takes many readers beside one writer, so there are two engines: readers that never wait,
+# and a writer with one connection, before which writers queue instead of failing as "locked".
+# PostgreSQL needs no such care: there both names mean one engine.
+
+
+def on_connect(connection: Any, _: Any) -> None:
+    """The timeout comes first: even the switch to WAL may have to wait for another process."""
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def on_begin(connection: Connection) -> None:
+    """Takes the lock before the first read: a reader who wants to write later may be too late."""
+    sqlite: Any = connection.connection.dbapi_connection
+    sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
+
+
+def make_engines() -> tuple[AsyncEngine, AsyncEngine]:
+    """The readers and the writer."""
+    options: dict[str, Any] = {"max_overflow": 0, "pool_timeout": 5, "hide_parameters": True}
+    if settings.sqlite_file is None:
+        options |= {"connect_args": {"timeout": 5, "server_settings": {"lock_timeout": "5s"}}}
+        both = create_async_engine(settings.database_url, pool_pre_ping=True, **options)
+        return both, both
+    options |= {"isolation_level": "AUTOCOMMIT"}  # no transaction but the one that on_begin begins
+    writer = create_async_engine(settings.database_url, pool_size=1, **options)
+    options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves round trips
+    readers = create_async_engine(settings.database_url, pool_size=2, **options)
+    event.listen(writer.sync_engine, "begin", on_begin)
+    for engine in (readers, writer):
+        event.listen(engine.sync_engine, "connect", on_connect)
+    return readers, writer
+
+
+readers, writer = make_engines()
+open_reader = async_sessionmaker(readers, class_=AsyncSession, expire_on_commit=False)
+open_writer = async_sessionmaker(writer, class_=AsyncSession, expire_on_commit=False)
+
+
+async def read_db() -> AsyncIterator[AsyncSession]:
+    async with open_reader() as db:
+        yield db
+
+
+async def write_db() -> AsyncIterator[AsyncSession]:
+    """Waits for the writer at its first statement; what was not committed in the end is undone."""
+    async with open_writer() as db:
+        yield db
+
+
+# With scope "function" the connection goes back when the route returns, not when all is sent.
+ReadDB = Annotated[AsyncSession, Depends(read_db, scope="function")]
+WriteDB = Annotated[AsyncSession, Depends(write_db, scope="function")]
+
+
+def make_tables(connection: Connection) -> None:
+    """New tables for a new database; an old one that lacks a column is left as it is."""
+    database = inspect(connection)
+    for table in SQLModel.metadata.sorted_tables:
+        if database.has_table(table.name):
+            there = {column["name"] for column in database.get_columns(table.name)}
+            for missing in set(table.columns.keys()) - there:
+                raise NoSuchColumnError(f"its table {table.name} has no column {missing}")
+    SQLModel.metadata.create_all(connection)
+
+
+# --- Security -------------------------------------------------------------------------------------
+# Passwords become bcrypt hashes, in threads and never while a connection is held: one takes 0.2 s.
+# A token names its session, and is worth something only while the row of that session exists.
+
+MAX_WAITING_PASSWORDS = 64
+REFRESH_GRACE = timedelta(seconds=10)
+DECOY = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"  # costs what a real hash costs, fits nothing
+TOKEN = re.compile(r"[\w-]{1,1000}\.[\w-]{1,3000}\.[\w-]{43}", re.ASCII)
+cores = CapacityLimiter(max(1, (os.cpu_count() or 1) // settings.workers))
+
+
+async def in_thread(work: Callable[..., Any], *values: bytes) -> Any:
+    if cores.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
+        raise Refusal("UNAVAILABLE", "Too many passwords are waiting")
+    return await to_thread.run_sync(work, *values, limiter=cores)
+
+
+def digest(password: str) -> bytes:
+    """bcrypt looks at 72 bytes and stops at a NUL; of this, every character of the password counts."""
+    return base64.b64encode(hashlib.sha256(password.encode()).digest())
+
+
+async def hash_password(password: str) -> str:
+    hashed = await in_thread(bcrypt.hashpw, digest(password), bcrypt.gensalt(settings.bcrypt_rounds))
+    return str(hashed, "ascii")
+
+
+async def password_fits(password: str, user: User | None) -> bool:
+    """For nobody it takes as long as for somebody: the time must not tell who has an account."""
+    hashed = user.hashed_password if user else DECOY
+    return bool(await in_thread(bcrypt.checkpw, digest(password), hashed.encode()))
+
+
+@cache
+def signing_key() -> Any:
+    """SECRET_KEY, or the key beside the database. It is linked into place, so the first one wins."""
+    secret = settings.secret_key
+    if secret is None:
+        kept = Path(f"{settings.sqlite_file}.key")
+        if not kept.exists():
+            aside = kept.with_name(f"{kept.name}.{random_id()}")
+            with open(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(48))
+            with suppress(FileExistsError):
+                os.link(aside, kept)
+            aside.unlink()
+        secret = kept.read_text().strip()
+        if len(secret) < 32:
+            raise ValueError(f"the key in {kept} is shorter than 32 bytes")
+    return jwk.construct(secret, "HS256")
+
+
+class Claims(BaseModel):
+    """What every token must say."""
+
+    sub: str
+    sid: str = Field(regex="^[0-9a-f]{32}$")
+    jti: str
+    type: Literal["access", "refresh"]
+    iat: int
+    exp: int
+
+
+def sign(session: LoginSession, type: str, jti: str, issued: datetime, expires: datetime) -> str:
+    claims = {"sub": str(session.user_id), "sid": session.id, "jti": jti, "type": type}
+    return str(jwt.encode(claims | {"iat": issued, "exp": expires}, signing_key(), "HS256"))
+
+
+def issue(session: LoginSession) -> Tokens:
+    """The refresh token follows from the row alone: whoever asks again in time gets the same."""
+    issued, end = now(), session.expires_at
+    expires = min(end, issued + timedelta(minutes=settings.access_token_expire_minutes))
+    return Tokens(
+        access_token=sign(session, "access", random_id(), issued, expires),
+        refresh_token=sign(session, "refresh", session.refresh_jti, session.rotated_at, end),
+        expires_in=int((expires - issued).total_seconds()),
+    )
+
+
+def read_token(token: str, type: str) -> Claims:
+    """Whatever is wrong with it, the answer is one. jose lets errors of all kinds escape."""
+    try:
+        if TOKEN.fullmatch(token):
+            claims = Claims.model_validate(jwt.decode(token, signing_key(), ["HS256"]))
+            if claims.type == type:
+                return claims
+    except Exception as error:
+        raise Refusal("INVALID_TOKEN") from error
+    raise Refusal("INVALID_TOKEN")
+
+
+# --- Mail -----------------------------------------------------------------------------------------
+# Sent after the answer, from a thread. What cannot be sent is a line in the log, and not tried again.
+
+postmen = CapacityLimiter(8)
+
+
+def deliver(mail: EmailMessage) -> None:
+    """Speaks SMTP, encrypted wherever the server can."""
+    url, tls = urlsplit(settings.smtp_url or ""), ssl.create_default_context()
+    where: dict[str, Any] = {"host": url.hostname, "port": url.port or 0, "timeout": 5}
+    smtps = url.scheme == "smtps"
+    with smtplib.SMTP_SSL(**where, context=tls) if smtps else smtplib.SMTP(**where) as server:
+        server.ehlo()
+        if not smtps and server.has_extn("starttls"):
+            server.starttls(context=tls)
+        if url.username:
+            server.login(unquote(url.username), unquote(url.password or ""))
+        server.send_message(mail)
+
+
+async def send_mail(to: str, subject: str, body: str) -> None:
+    if settings.smtp_url is None and settings.environment == "production":
+        return log.warning("mail not sent: SMTP_URL is not set")
+    mail = EmailMessage()
+    mail["From"], mail["To"], mail["Subject"] = settings.mail_from or "nutshell@localhost", to, subject
+    mail.set_content(body)
+    if settings.smtp_url is None:
+        return print(mail)
+    try:
+        await to_thread.run_sync(deliver, mail, limiter=postmen, abandon_on_cancel=True)
+    except (OSError, ValueError) as error:  # their text may name the receiver
+        log.error("mail not sent: %s", type(error).__name__)
+
+
+# --- Dependencies ---------------------------------------------------------------------------------
+# Who is asking, and may they? Every answer is a noun that a route takes as an argument.
+
+bearer = OAuth2PasswordBearer(f"{API}/auth/login", auto_error=False)
+
+
+async def current_session(token: Annotated[str | None, Depends(bearer)]) -> LoginSession:
+    """The session that the token names. Its connection goes back at once: a hash may follow."""
+    claims = read_token(token or "", "access")
+    async with open_reader() as db:
+        session = await db.get(LoginSession, claims.sid)
+    if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
+        raise Refusal("INVALID_TOKEN")
+    return session
+
+
+CurrentSession = Annotated[LoginSession, Depends(current_session)]
+
+
+async def current_user(session: CurrentSession) -> User:
+    return session.user
+
+
+CurrentUser = Annotated[User, Depends(current_user)]
+
+
+def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
+    """Makes a guard: `Depends(require_role("admin"))`."""
+
+    async def guard(me: CurrentUser) -> User:
+        if me.role != role:
+            raise Refusal("INSUFFICIENT_PERMISSIONS")
+        return me
+
+    return guard
+
+
+Superuser = Annotated[User, Depends(require_role("admin"))]
+
+
+async def user_id(user: Literal["me"] | Id, me: CurrentUser) -> int:
+    return me.id if user == "me" else user
+
+
+UserId = Annotated[int, Depends(user_id)]
+
+
+async def own_user_id(user_id: UserId, me: CurrentUser) -> int:
+    """One's own id, or any for a superuser; the refusal does not tell which ids exist."""
+    if user_id != me.id and not me.is_superuser:
+        raise Refusal("INSUFFICIENT_PERMISSIONS")
+    return user_id
+
+
+OwnUserId = Annotated[int, Depends(own_user_id)]
+
+
+async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
+    """The user to change, locked until the commit, as is the one who asks, and is looked at again:
+    of two admins who remove each other at once, one comes too late."""
+    both = select(User).where(col(User.id).in_((user_id, me.id))).order_by(col(User.id))
+    found = {user.id: user for user in await db.exec(both.with_for_update())}
+    if user_id not in found:
+        raise Refusal("NOT_FOUND")
+    for seen in ("role", "is_active", "hashed_password"):
+        if getattr(found.get(me.id), seen, None) != getattr(me, seen):
+            raise Refusal("CONFLICT")
+    return found[user_id]
+
+
+# --- Routes: accounts and tokens ------------------------------------------------------------------
+# Who wins a refresh is decided by the database: the one who still finds the token's jti in the row
+# replaces it. Who comes within 10 s with the one just replaced is given the same new token.
+
+
+async def no_store(response: Response) -> None:
+    response.headers["Cache-Control"] = "no-store"
+
+
+auth = APIRouter(
+    prefix="/auth", tags=["auth"], dependencies=[Depends(no_store)], responses=refuses(401)
+)
+
+
+async def add_user(db: AsyncSession, body: UserCreate) -> User:
+    hashed = await hash_password(body.password)
+    user = User.model_validate(body, update={"hashed_password": hashed})
+    db.add(user)
+    await db.commit()
+    return user
+
+
+async def welcome(user: User) -> None:
+    await send_mail(user.email, "Welcome", f"Hello {user.full_name},\n\nyour account is ready.\n")
+
+
+@auth.post("/register", status_code=201, response_model=UserRead, responses=refuses(403, 409))
+async def register(body: UserCreate, db: WriteDB, background: BackgroundTasks) -> User:
+    """Make yourself an account."""
+    if settings.registration == "closed":
+        raise Refusal("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
+    user = await add_user(db, body)
+    background.add_task(welcome, user)
+    return user
+
+
+@auth.post("/login")
+async def login(form: Annotated[OAuth2PasswordRequestForm, Depends()], db: WriteDB) -> Tokens:
+    """Trade an email, sent as `username`, and a password for tokens."""
+    with suppress(ValueError):
+        form.username = plain_email(form.username)
+    async with open_reader() as look:
+        known = (await look.exec(select(User).where(User.email == form.username))).first()
+    if not await password_fits(form.password, known) or known is None:
+        raise Refusal("INVALID_CREDENTIALS")
+    user = await db.get(User, known.id, with_for_update=True)  # hashing took a while: look again
+    if user is None or not user.is_active or user.hashed_password != known.hashed_password:
+        raise Refusal("INVALID_CREDENTIALS")
+    mine, moment = col(LoginSession.user_id) == user.id, now()
+    await db.exec(delete(LoginSession).where(mine, col(LoginSession.expires_at) < moment))
+    expires_at = moment + timedelta(days=settings.refresh_token_expire_days)
+    session = LoginSession.model_validate({"user_id": user.id, "expires_at": expires_at})
+    db.add(session)
+    await db.commit()
+    return issue(session)
+
+
+@auth.post("/refresh")
+async def refresh(
+    refresh_token: Annotated[str, Form()],
+    db: WriteDB,
+    grant_type: Annotated[Literal["refresh_token"] | None, Form()] = None,
+) -> Tokens:
+    """Trade a refresh token for new tokens. One that is too old ends the session: it was stolen."""
+    claims, moment = read_token(refresh_token, "refresh"), now()
+    replaced = await db.exec(
+        update(LoginSession)
+        .where(col(LoginSession.id) == claims.sid, col(LoginSession.refresh_jti) == claims.jti)
+        .values(refresh_jti=random_id(), previous_jti=claims.jti, rotated_at=moment)
+    )
+    session = await db.get(LoginSession, claims.sid)
+    if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
+        raise Refusal("INVALID_TOKEN")
+    again = session.previous_jti == claims.jti and moment - session.rotated_at <= REFRESH_GRACE
+    if replaced.rowcount == 0 and not again:
+        await db.delete(session)
+        await db.commit()
+        raise Refusal("TOKEN_REUSED")
+    await db.commit()
+    return issue(session)
+
+
+@auth.post("/logout", status_code=204)
+async def logout(session: CurrentSession, db: WriteDB, everywhere: bool = False) -> None:
+    """End this session, or all of your sessions."""
+    this, all_mine = col(LoginSession.id) == session.id, col(LoginSession.user_id) == session.user_id
+    await db.exec(delete(LoginSession).where(all_mine if everywhere else this))
+    await db.commit()
+
+
+@auth.get("/verify", response_class=Response, responses=refuses(403))
+async def verify(me: CurrentUser, role: Role | None = None) -> Response:
+    """For a proxy that guards another app: who is this, and do they have that role?"""
+    if role not in (None, me.role):
+        raise Refusal("INSUFFICIENT_PERMISSIONS")
+    email = quote(me.email, safe=string.punctuation)
+    who = {"Remote-User": str(me.id), "Remote-Groups": me.role, "Remote-Email": email}
+    return Response(headers=who | {"Cache-Control": "no-store"})
+
+
+# --- Routes: users --------------------------------------------------------------------------------
+
+users = APIRouter(prefix="/users", tags=["users"], responses=refuses(401, 403, 404, 409))
+
+
+async def page_of(db: AsyncSession, rows: Any, query: PageQuery, kind: type[Page[Item]]) -> Page[Item]:
+    """One page of all rows, each row as the kind of page shows it."""
+    total = (await db.exec(select(func.count()).select_from(rows.order_by(None).subquery()))).one()
+    items = (await db.exec(rows.offset((query.page - 1) * query.size).limit(query.size))).all()
+    page = {"items": items, "total": total, "page": query.page, "size": query.size}
+    return kind.model_validate(page | {"pages": -(-total // query.size)})
+
+
+@users.get("", response_model=Page[UserRead] | Page[UserPublic])
+async def list_users(query: Annotated[UserQuery, Query()], me: CurrentUser, db: ReadDB) -> Page[Any]:
+    """Everybody, by id; superusers see the whole of each."""
+    rows = select(User).order_by(col(User.id))
+    if query.is_active is not None:
+        rows = rows.where(User.is_active == query.is_active)
+    return await page_of(db, rows, query, Page[UserRead] if me.is_superuser else Page[UserPublic])
+
+
+@users.post("", status_code=201, response_model=UserRead)
+async def create_user(
+    body: UserCreateByAdmin,
+    me: Superuser,
+    db: WriteDB,
+    background: BackgroundTasks,
+    send_welcome: bool = False,
+) -> User:
+    """Make an account for somebody."""
+    user = await add_user(db, body)
+    if send_welcome:
+        background.add_task(welcome, user)
+    return user
+
+
+@users.get("/{user}", response_model=UserRead | UserPublic)
+async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
+    """Somebody; of yourself, and to superusers, the whole."""
+    user = me if user_id == me.id else await db.get(User, user_id)
+    if user is None:
+        raise Refusal("NOT_FOUND")
+    kind = UserRead if user is me or me.is_superuser else UserPublic
+    return kind.model_validate(user)
+
+
+@users.patch("/{user}", response_model=UserRead)
+async def update_user(
+    user_id: OwnUserId, body: UserUpdate, session: CurrentSession, db: WriteDB
+) -> User:
+    """Change the fields that are sent. Your own email or password needs `current_password`."""
+    me, own, sent = session.user, user_id == session.user_id, body.model_fields_set
+    if sent & {"role", "is_active"} and not me.is_superuser:
+        raise Refusal("INSUFFICIENT_PERMISSIONS")
+    if sent & {"role", "is_active"} and own:
+        raise Refusal("CONFLICT", "Nobody changes this of themselves, so that an admin remains")
+    if own and sent & {"email", "password"} and not await password_fits(body.current_password, me):
+        raise Refusal("INSUFFICIENT_PERMISSIONS", "current_password is missing or wrong")
+    values = body.model_dump(exclude_unset=True, exclude={"password", "current_password"})
+    if "password" in sent:
+        values["hashed_password"] = await hash_password(body.password)
+    user = await hold_user(db, user_id, me)
+    user.sqlmodel_update(values)
+    if "password" in sent or not user.is_active:
+        theirs, other = col(LoginSession.user_id) == user_id, col(LoginSession.id) != session.id
+        await db.exec(delete(LoginSession).where(theirs, other))
+    await db.commit()
+    return user
+
+
+@users.delete("/{user}", status_code=204)
+async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
+    """Remove somebody, and all that is theirs."""
+    if user_id == me.id:
+        raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
+    await db.delete(await hold_user(db, user_id, me))
+    await db.commit()
+
+
+# --- Pages ----------------------------------------------------------------------------------------
+
+pages = APIRouter(tags=["pages"])
+docs = APIRouter(include_in_schema=False)
+
+
+@pages.head("/health", include_in_schema=False)
+@pages.get("/health", responses=refuses(503))
+async def health(db: ReadDB) -> dict[str, str]:
+    """Does the database answer within a second, the wait for a connection included?"""
+    async with asyncio.timeout(1):
+        await db.exec(select(User.id).limit(1))
+    return {"status": "healthy"}
+
+
+@pages.head("/", include_in_schema=False)
+@pages.get("/")
+async def root() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@docs.get("/docs")
+async def swagger_ui() -> Response:
+    """Its scripts come from a package, so that it works without a network; else from a CDN."""
+    links = {"swagger_js_url": "swagger-ui-bundle.js", "swagger_css_url": "swagger-ui.css"}
+    links = {name: f"/docs/{file}" for name, file in links.items() if find_spec("fastapi_swagger")}
+    return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **links)
+
+
+# --- Front door -----------------------------------------------------------------------------------
+# What every request passes, in this order: plain ASGI, a small class each.
+
+MAX_BODY_BYTES = 1024 * 1024
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ALLOWED_HEADERS = ("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID")
+EXPOSED_HEADERS = (
+    *("ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"),
+    *("X-Request-ID", "X-Process-Time", "X-Cache"),
+)
+
+
+class FrontDoor:
+    """Names and times every answer. CORS, which is slow, is for those alone who send an Origin."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.app_for_browsers = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_credentials="*" not in settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=ALLOWED_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, headers = perf_counter(), Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else random_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-process-time", b"%.4f" % (perf_counter() - started)),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        await (self.app_for_browsers if "origin" in headers else self.app)(scope, receive, send_named)
+
+
+class Guard:
+    """Refuses bodies over 1 MiB, announced or not, and answers 500 for what nobody caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun, left = False, MAX_BODY_BYTES
+
+        async def receive_some() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise Refusal("BODY_TOO_LARGE")
+            return message
+
+        async def watch(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            if int(Headers(scope=scope).get("content-length", 0)) > MAX_BODY_BYTES:
+                raise Refusal("BODY_TOO_LARGE")
+            await self.app(scope, receive_some, watch)
+        except Exception as error:
+            if begun:
+                raise
+            if not isinstance(error, Refusal):
+                log.exception("nobody caught this")
+                error = Refusal("INTERNAL_ERROR")
+            await (await on_refusal(Request(scope), error))(scope, receive, send)
+
+
+# --- Assembly -------------------------------------------------------------------------------------
+# The parts put together, which reads like a table of contents.
+
+
+class JsonLine(logging.Formatter):
+    """In production a line of the log is an object, for programs to read."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": now().isoformat(), "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def set_up_logging() -> None:
+    """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonLine() if settings.environment == "production" else text)
+    level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = name != "uvicorn.access"
+    if settings.log_level == "debug":
+        logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+
+
+async def prepare_database() -> None:
+    """In one transaction, which processes that start together enter one after the other."""
+    email, password = settings.first_superuser_email, settings.first_superuser_password
+    hashed = await hash_password(password) if password else ""
+    async with open_writer() as db:
+        if settings.sqlite_file is None:
+            await db.exec(select(func.pg_advisory_xact_lock(7361)))
+        await (await db.connection()).run_sync(make_tables)
+        await db.exec(delete(LoginSession).where(col(LoginSession.expires_at) < now()))
+        user = (await db.exec(select(User).where(User.email == email))).first()
+        if email and (user is None or not user.is_superuser):
+            user = user or User(email=email, hashed_password=hashed)
+            user.role, user.is_active, user.hashed_password = "admin", True, hashed
+            await db.exec(delete(LoginSession).where(col(LoginSession.user_id) == user.id))
+            db.add(user)
+        await db.commit()
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    set_up_logging()
+    try:
+        signing_key()
+        await prepare_database()
+    except (OSError, ValueError, sqlite3.Error, SQLAlchemyError) as error:
+        log.critical("DATABASE_URL: the database cannot be used: %s", str(error).partition("\n")[0])
+        os._exit(3)  # raising would print a traceback after this line
+    yield
+    await readers.dispose()
+    await writer.dispose()
+
+
+development = settings.environment == "development"
+app = FastAPI(
+    title="Nutshell",
+    summary="A complete API service in one file",
+    lifespan=lifespan,
+    docs_url=None,
+    redoc_url="/redoc" if development else None,
+    openapi_url="/openapi.json" if development else None,
+    redirect_slashes=False,
+    responses=refuses(400, 413, 422, 500, 503),
+    middleware=[Middleware(FrontDoor), Middleware(Guard)],
+    exception_handlers={
+        HTTPException: on_refusal,
+        RequestValidationError: on_invalid_input,
+        **dict.fromkeys((DBAPIError, PoolTimeoutError, sqlite3.Error, OSError), on_database_error),
+    },
+)
+app.include_router(auth, prefix=API)
+app.include_router(users, prefix=API)
+app.include_router(pages)
+if development:
+    app.include_router(docs)
+    if find_spec("fastapi_swagger"):
+        app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
+
+if __name__ == "__main__":
+    set_up_logging()
+    uvicorn.run(
+        "__main__:app",
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.forwarded_allow_ips),
+        forwarded_allow_ips=[str(network) for network in settings.forwarded_allow_ips],
+        timeout_graceful_shutdown=5,
+    )
