@@ -63,6 +63,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 API = "/api/v1"
@@ -109,6 +110,9 @@ Email = Annotated[
 Password = Annotated[
     str, StringConstraints(min_length=8, max_length=128, pattern=TEXT), AfterValidator(uncommon)
 ]
+MailServer = Annotated[
+    str, StringConstraints(pattern=r"^smtps?://([^@/\s]*@)?[^@:/\s]+(:\d{1,5})?$")
+]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 
 
@@ -131,7 +135,7 @@ class Settings(BaseSettings):
     first_superuser_password: Password | None = None
     registration: Literal["open", "closed"] = "open"
     cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
-    smtp_url: str | None = Field(default=None, regex=r"^smtps?://([^@\s]*@)?[^@:/\s]+(:\d{1,5})?/?$")
+    smtp_url: MailServer | None = None
     mail_from: Email | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
 
@@ -229,12 +233,21 @@ def refuses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {s: {"model": Problem, "description": HTTPStatus(s).phrase} for s in statuses}
 
 
+def allowed_methods(request: Request) -> list[str]:
+    """All methods of the path; of itself FastAPI names those of one route."""
+    asked, routes = dict(request.scope), request.app.routes
+    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+    return [m for m in methods if any(r.matches(asked | {"method": m})[0] is Match.FULL for r in routes)]
+
+
 async def on_refusal(request: Request, error: Any) -> Response:
     """Our own refusals, and those of Starlette and FastAPI: 400, 404, 405."""
-    code = getattr(error, "code", HTTPStatus(error.status_code).name)
+    code, headers = getattr(error, "code", HTTPStatus(error.status_code).name), error.headers
+    if code == "METHOD_NOT_ALLOWED":
+        headers = {"Allow": ", ".join(allowed_methods(request))}
     body = {"detail": error.detail, "error_code": code, "request_id": request.state.request_id}
     # json.dumps writes ASCII: even half of a surrogate pair in the name of a field gets out.
-    return Response(json.dumps(body), error.status_code, error.headers, "application/json")
+    return Response(json.dumps(body), error.status_code, headers, "application/json")
 
 
 async def on_invalid_input(request: Request, error: Any) -> Response:
@@ -509,7 +522,7 @@ class Claims(BaseModel):
     """What every token must say."""
 
     sub: str
-    sid: str = Field(regex="^[0-9a-f]{32}$")
+    sid: Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
     jti: str
     type: Literal["access", "refresh"]
     iat: int
@@ -687,10 +700,11 @@ async def register(body: UserCreate, db: WriteDB, background: BackgroundTasks) -
 @auth.post("/login")
 async def login(form: Annotated[OAuth2PasswordRequestForm, Depends()], db: WriteDB) -> Tokens:
     """Trade an email, sent as `username`, and a password for tokens."""
+    email = ""
     with suppress(ValueError):
-        form.username = plain_email(form.username)
+        email = plain_email(form.username)
     async with open_reader() as look:
-        known = (await look.exec(select(User).where(User.email == form.username))).first()
+        known = (await look.exec(select(User).where(User.email == email))).first()
     if not await password_fits(form.password, known) or known is None:
         raise Refusal("INVALID_CREDENTIALS")
     user = await db.get(User, known.id, with_for_update=True)  # hashing took a while: look again

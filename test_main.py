@@ -1,0 +1,1706 @@
+"""What the service promises, as tests against real servers: `python main.py` on a free port.
+
+Most tests share one server for each database and never meet, since everybody signs up with an email
+of their own. Tests that need other settings, or break something, start servers of their own.
+
+    python -m pytest              the rounds that fit into a minute
+    FULL=1 python -m pytest       all rounds
+    TEST_DATABASE_URL=postgresql+asyncpg://… python -m pytest      on PostgreSQL as well
+"""
+
+import ast
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.message import EmailMessage
+from email.parser import BytesParser
+from email.policy import default as email_policy
+from functools import partialmethod
+from itertools import count
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from jose import jwt
+
+HERE = Path(__file__).parent
+FULL = os.environ.get("FULL") == "1"
+POSTGRES = os.environ.get("TEST_DATABASE_URL")
+KEY = "the signing key of the tests, long enough"
+PASSWORD = "correct horse battery"
+ADMIN = {"username": "admin@example.com", "password": "the admin's own password"}
+NEVER = 2**31 - 1  # an id that nobody has
+UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+CODES = {
+    400: {"BAD_REQUEST"},
+    401: {"INVALID_CREDENTIALS", "INVALID_TOKEN", "TOKEN_REUSED"},
+    403: {"INSUFFICIENT_PERMISSIONS"},
+    404: {"NOT_FOUND"},
+    405: {"METHOD_NOT_ALLOWED"},
+    409: {"EMAIL_TAKEN", "CONFLICT"},
+    413: {"BODY_TOO_LARGE"},
+    422: {"VALIDATION_ERROR"},
+    500: {"INTERNAL_ERROR"},
+    503: {"UNAVAILABLE"},
+}
+SECRETS = {KEY, PASSWORD, ADMIN["password"]}  # grows by every token; searched for in the logs
+
+
+# --- Servers --------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_answer(response: httpx.Response) -> None:
+    """What holds for every answer: its headers, the shape of errors, nothing that looks like a hash."""
+    body = response.read().decode()
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", response.headers["x-request-id"])
+    assert re.fullmatch(r"\d+\.\d{4}", response.headers["x-process-time"])
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert "$2b$" not in body
+    if response.status_code >= 400 and response.request.method != "HEAD":
+        problem = json.loads(body)
+        assert problem.keys() == {"detail", "error_code", "request_id"}
+        assert problem["error_code"] in CODES[response.status_code]
+        assert problem["request_id"] == response.headers["x-request-id"]
+        assert ("www-authenticate" in response.headers) == (response.status_code == 401)
+        assert ("retry-after" in response.headers) == (response.status_code == 503)
+    if response.status_code == 422:
+        assert all(field.keys() == {"loc", "msg", "type"} for field in json.loads(body)["detail"])
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        SECRETS.update(json.loads(body)[name] for name in ("access_token", "refresh_token"))
+
+
+class Service:
+    """A server with a database, a folder and settings of its own."""
+
+    def __init__(self, folder: Path, database: str = "sqlite", **settings: str) -> None:
+        self.folder, self.database, self.port = folder, database, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.log, self.admin = folder / "log", None
+        usual = {
+            "PORT": str(self.port),
+            "SECRET_KEY": KEY,
+            "BCRYPT_ROUNDS": "4",
+            "DATABASE_URL": f"sqlite+aiosqlite:///{folder}/app.db",
+            "FIRST_SUPERUSER_EMAIL": ADMIN["username"],
+            "FIRST_SUPERUSER_PASSWORD": ADMIN["password"],
+        }
+        if database == "postgresql":
+            usual["DATABASE_URL"] = new_postgres_database()
+        self.settings = usual | settings
+        self.start()
+
+    def environment(self) -> dict[str, str]:
+        ours = {name.upper() for name in settings_class().model_fields}
+        inherited = {name: value for name, value in os.environ.items() if name not in ours}
+        return inherited | {name: value for name, value in self.settings.items() if value != "unset"}
+
+    def start(self) -> None:
+        command = [sys.executable, HERE / "main.py"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log
+            )
+        self.client = httpx.Client(
+            base_url=f"{self.address}/api/v1",
+            timeout=30,
+            event_hooks={"response": [check_answer]},
+            limits=httpx.Limits(max_connections=300),
+        )
+        until = time.monotonic() + 20
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                self.client.get(f"{self.address}/health").raise_for_status()
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"did not start:\n{self.log.read_text()}")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        self.client.close()
+        self.process.send_signal(how)
+        return self.process.wait(15)
+
+    def as_(self, token: str) -> "Caller":
+        return Caller(self, {"Authorization": f"Bearer {token}"})
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Runs a statement behind the service's back."""
+        if self.database == "postgresql":
+            return asyncio.run(on_postgres(self.settings["DATABASE_URL"], statement))
+        with contextlib.closing(sqlite3.connect(self.folder / "app.db", timeout=10)) as connection:
+            rows = connection.execute(statement).fetchall()
+            connection.commit()
+            return rows
+
+    def ago(self, **span: float) -> str:
+        """A time in the past as this database writes it."""
+        moment = datetime.now(UTC) - timedelta(**span)
+        return f"'{moment:%Y-%m-%d %H:%M:%S.%f}{'+00' if self.database == 'postgresql' else ''}'"
+
+
+@dataclass
+class Caller:
+    """Sends requests with somebody's token."""
+
+    service: Service
+    headers: dict[str, str]
+
+    def request(self, method: str, path: str, **sent: Any) -> httpx.Response:
+        headers = self.headers | sent.pop("headers", {})
+        return self.service.client.request(method, path, headers=headers, **sent)
+
+    get = partialmethod(request, "GET")
+    post = partialmethod(request, "POST")
+    patch = partialmethod(request, "PATCH")
+    delete = partialmethod(request, "DELETE")
+
+
+async def on_postgres(url: str, statement: str) -> list[tuple[Any, ...]]:
+    import asyncpg
+
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        return [tuple(row) for row in await connection.fetch(statement)]
+    finally:
+        await connection.close()
+
+
+def new_postgres_database() -> str:
+    name = f"nutshell_{uuid4().hex[:12]}"
+    asyncio.run(on_postgres(str(POSTGRES), f"CREATE DATABASE {name}"))
+    return f"{str(POSTGRES).rpartition('/')[0]}/{name}"
+
+
+def settings_class() -> Any:
+    os.environ.setdefault("SECRET_KEY", KEY)
+    import main
+
+    return main.Settings
+
+
+class MailHandler(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.wfile.write(b"220 here\r\n")
+        while line := self.rfile.readline():
+            verb = line[:4].upper()
+            if verb == b"DATA":
+                self.wfile.write(b"354 go on\r\n")
+                lines = iter(self.rfile.readline, b".\r\n")
+                mail = BytesParser(policy=email_policy).parsebytes(b"".join(lines))
+                self.server.mails.append(mail)  # type: ignore[attr-defined]
+            self.wfile.write(b"221 bye\r\n" if verb == b"QUIT" else b"250 fine\r\n")
+
+
+class MailServer(socketserver.ThreadingTCPServer):
+    """Speaks enough SMTP to take mails, and keeps them."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), MailHandler)
+        self.mails: list[EmailMessage] = []
+        self.url = f"smtp://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def mails_to(self, email: str) -> list[EmailMessage]:
+        return [mail for mail in list(self.mails) if mail["to"] == email]
+
+
+@pytest.fixture(scope="session")
+def mail_server() -> Iterator[MailServer]:
+    with MailServer() as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def service(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    mail_server: MailServer,
+) -> Iterator[Service]:
+    if request.param == "postgresql" and not POSTGRES:
+        pytest.skip("TEST_DATABASE_URL is not set")
+    folder = tmp_path_factory.mktemp(request.param)
+    running = Service(folder, request.param, SMTP_URL=mail_server.url, LOG_LEVEL="debug")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Starts servers with settings of their own; all are stopped in the end."""
+    started: list[Service] = []
+
+    def start_one(**settings: str) -> Service:
+        folder = tmp_path / str(len(started))
+        folder.mkdir()
+        started.append(Service(folder, **settings))
+        return started[-1]
+
+    yield start_one
+    for running in started:
+        if running.process.poll() is None:
+            running.stop()
+
+
+# --- What people do -------------------------------------------------------------------------------
+
+
+numbers = count(1)
+
+
+@dataclass
+class Account:
+    """Somebody who is signed in."""
+
+    service: "Service"
+    id: int
+    email: str
+    tokens: dict[str, Any]
+    api: Caller
+
+
+def new_email() -> str:
+    return f"person{next(numbers)}-{uuid4().hex[:6]}@example.com"
+
+
+def register(service: Service, **fields: Any) -> httpx.Response:
+    body = {"email": new_email(), "password": PASSWORD} | fields
+    return service.client.post("/auth/register", json=body)
+
+
+def log_in(service: Service, username: str, password: str = PASSWORD) -> httpx.Response:
+    form = {"username": username, "password": password}
+    return service.client.post("/auth/login", data=form)
+
+
+def refresh(service: Service, token: str) -> httpx.Response:
+    return service.client.post("/auth/refresh", data={"refresh_token": token})
+
+
+def sign_in(service: Service, username: str, password: str = PASSWORD) -> Account:
+    response = log_in(service, username, password)
+    assert response.status_code == 200, response.text
+    api = service.as_(response.json()["access_token"])
+    me = api.get("/users/me").json()
+    return Account(service, me["id"], me["email"], response.json(), api)
+
+
+def sign_up(service: Service, **fields: Any) -> Account:
+    response = register(service, **fields)
+    assert response.status_code == 201, response.text
+    return sign_in(service, response.json()["email"], fields.get("password", PASSWORD))
+
+
+def sign_in_admin(service: Service) -> Account:
+    """The first superuser; once for each start of a server, since tests ask for it so often."""
+    if service.admin is None or service.admin.api.get("/users/me").status_code != 200:
+        service.admin = sign_in(service, **ADMIN)
+    return service.admin
+
+
+def at_once(times: int, call: Callable[[int], Any]) -> list[Any]:
+    """The results of as many calls that begin at the same moment."""
+    gate = threading.Barrier(times)
+
+    def one(number: int) -> Any:
+        gate.wait()
+        return call(number)
+
+    with ThreadPoolExecutor(times) as pool:
+        return list(pool.map(one, range(times)))
+
+
+def eventually(what: Callable[[], Any], seconds: float = 5) -> Any:
+    """Waits for what happens in the background."""
+    until = time.monotonic() + seconds
+    while not (result := what()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert result
+    return result
+
+
+def forge(account: Account, drop: str | None = None, key: str = KEY, **changes: Any) -> str:
+    """A token as the service makes them, but for the changes."""
+    claims = jwt.get_unverified_claims(account.tokens["access_token"]) | changes
+    return jwt.encode({k: v for k, v in claims.items() if k != drop}, key, "HS256")
+
+
+def raw_token(header: object, claims: object, key: str = KEY, signature: bytes | None = None) -> str:
+    """Put together by hand, for what no library would sign."""
+
+    def part(value: object) -> str:
+        text = value if isinstance(value, bytes) else json.dumps(value).encode()
+        return base64.urlsafe_b64encode(text).rstrip(b"=").decode()
+
+    signed = f"{part(header)}.{part(claims)}"
+    digest = hmac.new(key.encode(), signed.encode(), hashlib.sha256).digest()
+    return f"{signed}.{part(digest if signature is None else signature)}"
+
+
+# --- Start and settings ---------------------------------------------------------------------------
+
+
+def run_main(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Starts a server that should not start."""
+    ours = {name.upper() for name in settings_class().model_fields}
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | settings
+    command = [sys.executable, HERE / "main.py"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=20
+    )
+
+
+PRODUCTION = {"ENVIRONMENT": "production", "SECRET_KEY": KEY}
+WRONG_SETTINGS = [
+    ({"ENVIRONMENT": "staging"}, "ENVIRONMENT='staging': "),
+    ({"ENVIRONMENT": "production"}, "SECRET_KEY: must be set"),
+    ({"SECRET_KEY": "too short"}, "SECRET_KEY: must have at least 32 bytes"),
+    ({"DATABASE_URL": "postgresql+asyncpg://u:hunter2@localhost/x"}, "SECRET_KEY: must be set"),
+    ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL='mysql:…': must be"),
+    ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL='sqlite:…': must be"),
+    ({"DATABASE_URL": "sqlite+aiosqlite://"}, "DATABASE_URL='sqlite+aiosqlite:…': must be"),
+    ({"DATABASE_URL": "sqlite+aiosqlite:///:memory:"}, "a :memory: of its own; name a file"),
+    ({"PORT": "abc"}, "PORT='abc': "),
+    ({"PORT": "70000"}, "PORT='70000': "),
+    ({"WORKERS": "0"}, "WORKERS='0': "),
+    ({"FORWARDED_ALLOW_IPS": "10.0.0.0/8, proxy"}, "FORWARDED_ALLOW_IPS='proxy': "),
+    ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "ACCESS_TOKEN_EXPIRE_MINUTES='0': "),
+    ({"REFRESH_TOKEN_EXPIRE_DAYS": "3651"}, "REFRESH_TOKEN_EXPIRE_DAYS='3651': "),
+    ({"BCRYPT_ROUNDS": "3"}, "BCRYPT_ROUNDS='3': "),
+    ({"REGISTRATION": "maybe"}, "REGISTRATION='maybe': "),
+    ({"CORS_ORIGINS": "http://localhost:3000/"}, "CORS_ORIGINS='http://localhost:3000/': "),
+    ({"CORS_ORIGINS": "*"} | PRODUCTION, "CORS_ORIGINS='*': is refused in production"),
+    ({"FIRST_SUPERUSER_EMAIL": "a@b.co"}, "FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set"),
+    (
+        {"FIRST_SUPERUSER_EMAIL": "nobody", "FIRST_SUPERUSER_PASSWORD": "hunter2hunter2"},
+        "FIRST_SUPERUSER_EMAIL='nobody': must be one plain email address",
+    ),
+    (
+        {"FIRST_SUPERUSER_EMAIL": "a@b.co", "FIRST_SUPERUSER_PASSWORD": "hunter2"},
+        "FIRST_SUPERUSER_PASSWORD: String should have at least 8 characters",
+    ),
+    ({"SMTP_URL": "http://u:hunter2@localhost"}, "SMTP_URL='http:…': "),
+    ({"MAIL_FROM": "nobody"}, "MAIL_FROM='nobody': "),
+    ({"LOG_LEVEL": "loud"}, "LOG_LEVEL='loud': "),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"), WRONG_SETTINGS, ids=[f"{[*s][0]}-{line[:25]}" for s, line in WRONG_SETTINGS]
+)
+def test_a_wrong_setting_ends_the_start_with_one_clear_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, str],
+    line: str,
+) -> None:
+    import main
+
+    monkeypatch.chdir(tmp_path)
+    for name in main.Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main.read_settings()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 3
+    assert line in printed
+    assert printed.count("\n") == 1
+    assert "hunter2" not in printed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/app.db"},
+        {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/app.db", "SECRET_KEY": KEY},
+        {"DATABASE_URL": "sqlite+aiosqlite:////dev/null", "SECRET_KEY": KEY},
+        {"DATABASE_URL": "postgresql+asyncpg://u:hunter2@127.0.0.1:1/x", "SECRET_KEY": KEY},
+    ],
+    ids=["no folder for the key", "no folder", "no database", "no server"],
+)
+def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
+    tmp_path: Path, settings: dict[str, str]
+) -> None:
+    ended = run_main(tmp_path, **settings)
+    assert ended.returncode == 3
+    assert ended.stderr.splitlines()[-1].count("DATABASE_URL: the database cannot be used: ") == 1
+    assert "Traceback" not in ended.stderr
+    assert "hunter2" not in ended.stderr
+
+
+def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", HERE, "main:app"]
+    environment = os.environ | {"WORKERS": "none"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (3, 1)
+    assert ended.stderr.startswith("WORKERS='none': ")
+
+
+def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\nPORT=abc\n")
+    assert run_main(tmp_path).stderr.startswith("PORT='abc': ")
+
+
+def test_an_empty_setting_counts_as_not_set(start: Callable[..., Service]) -> None:
+    service = start(FIRST_SUPERUSER_EMAIL="", FIRST_SUPERUSER_PASSWORD="", SMTP_URL="")
+    assert service.sql("SELECT count(*) FROM user") == [(0,)]
+
+
+def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(
+    start: Callable[..., Service],
+) -> None:
+    service = start(SECRET_KEY="unset", DATABASE_URL="unset")
+    person = sign_up(service)
+    kept = service.folder / "app.db.key"
+    assert len(kept.read_text()) >= 32
+    assert kept.stat().st_mode & 0o777 == 0o600
+    service.stop()
+    service.start()
+    assert service.as_(person.tokens["access_token"]).get("/users/me").status_code == 200
+    assert sorted(file.name for file in service.folder.iterdir() if "db" in file.name)[:2] == [
+        "app.db",
+        "app.db-shm",
+    ]
+
+
+def test_a_kept_key_that_is_too_short_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "app.db.key").write_text("short")
+    ended = run_main(tmp_path)
+    assert ended.returncode == 3
+    assert "app.db.key is shorter than 32 bytes" in ended.stderr
+
+
+@pytest.mark.parametrize("turn", range(10 if FULL else 1))
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_four_processes_that_start_on_one_empty_database_all_serve(
+    tmp_path: Path, database: str, turn: int
+) -> None:
+    settings = {"SECRET_KEY": "unset", "FIRST_SUPERUSER_PASSWORD": "made only once"}
+    if database == "postgresql":
+        if not POSTGRES:
+            pytest.skip("TEST_DATABASE_URL is not set")
+        settings = {"DATABASE_URL": new_postgres_database(), "SECRET_KEY": KEY}
+    settings |= {"DATABASE_URL": settings.get("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/app.db")}
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+    services = at_once(4, lambda number: Service(folders[number], **settings))
+    admin = sign_in(services[0], ADMIN["username"], settings.get("FIRST_SUPERUSER_PASSWORD", ADMIN["password"]))
+    for service in services:
+        assert service.as_(admin.tokens["access_token"]).get("/users").json()["total"] == 1
+        assert service.stop() in (0, -signal.SIGTERM)
+
+
+def test_several_workers_share_the_work(start: Callable[..., Service]) -> None:
+    service = start(WORKERS="2")
+    people = [sign_up(service) for _ in range(4)]
+    assert all(person.api.get("/users/me").json()["id"] == person.id for person in people)
+
+
+def test_a_database_that_lacks_a_column_is_refused_and_left_alone(
+    start: Callable[..., Service],
+) -> None:
+    service = start()
+    service.stop()
+    service.sql("ALTER TABLE user DROP COLUMN bio")
+    service.sql("DROP TABLE session")
+    before = service.sql("SELECT sql FROM sqlite_master")
+    ended = run_main(service.folder, **service.settings)
+    assert ended.returncode == 3
+    assert "its table user has no column bio" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert service.sql("SELECT sql FROM sqlite_master") == before
+
+
+def test_the_first_superuser_is_made_admin_once_and_then_left_alone(
+    start: Callable[..., Service],
+) -> None:
+    service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
+    person = sign_up(service, email=ADMIN["username"])
+    service.stop()
+    named = {"FIRST_SUPERUSER_EMAIL": "Admin@Example.com"}
+    service.settings |= named | {"FIRST_SUPERUSER_PASSWORD": ADMIN["password"]}
+    service.start()
+    assert service.as_(person.tokens["access_token"]).get("/users/me").status_code == 401
+    assert log_in(service, ADMIN["username"], PASSWORD).status_code == 401
+    admin = sign_in_admin(service)
+    assert (admin.id, admin.api.get("/users/me").json()["role"]) == (person.id, "admin")
+    service.stop()
+    service.settings |= {"FIRST_SUPERUSER_PASSWORD": "not the admin's password"}
+    service.start()
+    assert service.as_(admin.tokens["access_token"]).get("/users/me").status_code == 200
+    assert sign_in_admin(service).id == person.id
+
+
+def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> None:
+    service = start(**PRODUCTION)
+    for path in ("/docs", "/redoc", "/openapi.json", "/docs/swagger-ui-bundle.js"):
+        assert service.client.get(service.address + path).status_code == 404
+    register(service)
+    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    assert {"time", "level", "message"} <= lines[0].keys()
+    assert "mail not sent: SMTP_URL is not set" in [line["message"] for line in lines]
+
+
+def test_sigterm_lets_a_slow_request_finish_and_ends_without_a_traceback(
+    start: Callable[..., Service],
+) -> None:
+    service = start(BCRYPT_ROUNDS="13")
+    idle = socket.create_connection(("127.0.0.1", service.port))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(register, service, email="slow@example.com")
+        time.sleep(0.15)
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert slow.result().status_code == 201
+    assert service.process.wait(10) in (0, -signal.SIGTERM)
+    assert time.monotonic() - began < 7
+    idle.close()
+    assert service.sql("SELECT count(*) FROM user WHERE email='slow@example.com'") == [(1,)]
+    assert "Traceback" not in service.log.read_text()
+
+
+# --- Errors and the front door --------------------------------------------------------------------
+
+
+def test_health_root_and_head(service: Service) -> None:
+    for path, body in (("/health", {"status": "healthy"}), ("/", {"status": "ok"})):
+        got, head = (service.client.request(m, service.address + path) for m in ("GET", "HEAD"))
+        assert (got.status_code, got.json()) == (200, body)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+@pytest.mark.parametrize("sent", ["abc", "a" * 64, "A.b_c-9"])
+def test_a_request_id_is_taken_over(service: Service, sent: str) -> None:
+    answer = service.client.get("/users/me", headers={"X-Request-ID": sent})
+    assert answer.headers["x-request-id"] == answer.json()["request_id"] == sent
+
+
+@pytest.mark.parametrize("sent", ["", "a" * 65, "a b", "a/b", "é"])
+def test_a_strange_request_id_is_replaced(service: Service, sent: str) -> None:
+    answer = service.client.get("/users/me", headers={"X-Request-ID": sent.encode()})
+    assert answer.headers["x-request-id"] != sent
+
+
+ERRORS: list[tuple[int, str, str, dict[str, Any]]] = [
+    (400, "POST", "/auth/register", {"content": b"{", "headers": {"content-type": "application/json"}}),
+    (401, "GET", "/users/me", {}),
+    (401, "POST", "/auth/login", {"data": {"username": "x", "password": "y"}}),
+    (404, "GET", "/nowhere", {}),
+    (405, "DELETE", "/auth/login", {}),
+    (413, "POST", "/auth/register", {"content": b" " * (2**20 + 1)}),
+    (413, "POST", "/nowhere", {"content": b" " * (2**20 + 1)}),
+    (422, "POST", "/auth/register", {"json": {}}),
+]
+
+
+@pytest.mark.parametrize(("status", "method", "path", "sent"), ERRORS, ids=[str(e[0]) for e in ERRORS])
+def test_every_error_has_cors_headers_and_keeps_the_connection(
+    service: Service, status: int, method: str, path: str, sent: dict[str, Any]
+) -> None:
+    origin = {"Origin": "http://localhost:3000"} | sent.get("headers", {})
+    answer = service.client.request(method, path, **sent | {"headers": origin})
+    assert answer.status_code == status
+    assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert answer.headers["access-control-allow-credentials"] == "true"
+    exposed = set(answer.headers["access-control-expose-headers"].split(", "))
+    assert exposed == {
+        *("ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"),
+        *("X-Request-ID", "X-Process-Time", "X-Cache"),
+    }
+    assert "connection" not in answer.headers
+    foreign = service.client.request(method, path, **sent | {"headers": origin | {"Origin": "http://evil.example"}})
+    assert foreign.status_code == status
+    assert "access-control-allow-origin" not in foreign.headers
+
+
+def test_a_preflight_names_what_may_be_sent(service: Service) -> None:
+    asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "PATCH"}
+    headers = "authorization,content-type,if-none-match,last-event-id,x-request-id"
+    asked["Access-Control-Request-Headers"] = headers
+    assert service.client.options("/users/me", headers=asked).status_code == 200
+    asked["Origin"] = "http://evil.example"
+    with httpx.Client() as plain:  # Starlette refuses it in its own words
+        refused = plain.options(f"{service.address}/api/v1/users/me", headers=asked)
+    assert refused.status_code == 400
+    assert "x-request-id" in refused.headers
+
+
+def test_any_origin_is_served_without_credentials(start: Callable[..., Service]) -> None:
+    answer = start(CORS_ORIGINS="*").client.get("/users/me", headers={"Origin": "http://any.example"})
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_a_mistake_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
+    start: Callable[..., Service],
+) -> None:
+    service = start()
+    person = sign_up(service)
+    service.sql("UPDATE user SET created_at = 'not a time'")
+    for _ in range(2):
+        mistake = person.api.get("/users/me", headers={"Origin": "http://localhost:3000"})
+        assert (mistake.status_code, mistake.json()["error_code"]) == (500, "INTERNAL_ERROR")
+        assert mistake.headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert "connection" not in mistake.headers
+    assert "Traceback" in service.log.read_text()
+
+
+def test_405_names_the_methods_of_the_path(service: Service) -> None:
+    allowed = service.client.put("/users/me").headers["allow"]
+    assert set(allowed.split(", ")) == {"GET", "PATCH", "DELETE"}
+
+
+def test_paths_are_not_redirected(service: Service) -> None:
+    assert service.client.get("/users/").status_code == 404
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
+def test_100_mb_are_refused_without_being_kept(service: Service, announced: bool) -> None:
+    def memory() -> int:
+        status = Path(f"/proc/{service.process.pid}/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 2**20
+
+    before = memory()
+    headers = {"content-type": "application/json"}
+    if announced:
+        headers["content-length"] = str(100 * 2**20)
+    answer = service.client.post("/auth/register", content=chunks(), headers=headers)
+    assert (answer.status_code, answer.json()["error_code"]) == (413, "BODY_TOO_LARGE")
+    assert memory() - before < 20_000
+
+
+def test_a_body_of_1_mib_is_read(service: Service) -> None:
+    body = b'{"email": 1}'
+    headers = {"content-type": "application/json"}
+    answer = service.client.post("/auth/register", content=body.ljust(2**20), headers=headers)
+    assert answer.status_code == 422
+
+
+def test_health_answers_503_when_the_database_does_not(start: Callable[..., Service]) -> None:
+    service = start()
+    service.sql("ALTER TABLE user RENAME TO somewhere_else")
+    assert service.client.get(f"{service.address}/health").status_code == 503
+
+
+def test_the_docs_work_without_a_network(service: Service) -> None:
+    page = service.client.get(f"{service.address}/docs")
+    assert page.status_code == 200
+    for link in re.findall(r'(?:src|href)="([^"]*swagger-ui[^"]*)"', page.text):
+        assert link.startswith("/docs/")
+        assert len(service.client.get(service.address + link).content) > 10_000
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+JSON = {"content-type": "application/json"}
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
+    "nothing": (b"", {}),
+    "nothing, called JSON": (b"", JSON),
+    "a NUL": (b'{"email":"a\\u0000@b.co","password":"\\u0000aaaaaaaaa","first_name":"\\u0000"}', JSON),
+    "half a surrogate pair": (b'{"email":"a@b.co","password":"aaaaaaaaaa","bio":"\\ud800"}', JSON),
+    "half a surrogate pair as a name": (b'{"\\ud800":1}', JSON),
+    "NaN": (b'{"age":NaN}', JSON),
+    "Infinity": (b'{"age":-Infinity}', JSON),
+    "1e999": (b'{"age":1e999}', JSON),
+    "100,000 [": (b"[" * 100_000, JSON),
+    "5,000 digits": (b'{"age":' + b"9" * 5_000 + b"}", JSON),
+    "bad UTF-8": (b'{"first_name":"\xff\xfe"}', JSON),
+    "an array": (b"[1]", JSON),
+    "null": (b"null", JSON),
+    "half an object": (b'{"email":', JSON),
+    "text": (b"hello", {"content-type": "text/plain"}),
+    "JSON called text": (b'{"email":"a@b.co"}', {"content-type": "text/plain"}),
+    "a form": (b"username=%00&password=%ff%fe&refresh_token=%ED%A0%80", FORM),
+    "a long form": (b"username=a&password=b&refresh_token=" + b"c" * 60_000, FORM),
+    "1,500 fields": (b"&".join(b"f%d=1" % n for n in range(1_500)), FORM),
+    "broken multipart": (b"--x\r\nno", {"content-type": "multipart/form-data; boundary=x"}),
+    "multipart without a boundary": (b"x", {"content-type": "multipart/form-data"}),
+    "a file for a field": (
+        b'--x\r\nContent-Disposition: form-data; name="username"; filename="f"\r\n\r\na\r\n--x--\r\n',
+        {"content-type": "multipart/form-data; boundary=x"},
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BODIES)
+def test_bad_bodies_are_refused_by_every_route(service: Service, bad: str) -> None:
+    body, headers = BAD_BODIES[bad]
+    person = sign_up(service)
+    admin = sign_in_admin(service)
+    for caller, method, path in (
+        (service.client, "POST", "/auth/register"),
+        (service.client, "POST", "/auth/login"),
+        (service.client, "POST", "/auth/refresh"),
+        (person.api, "PATCH", "/users/me"),
+        (admin.api, "POST", "/users"),
+    ):
+        answer = caller.request(method, path, content=body, headers=headers)
+        assert 400 <= answer.status_code < 500, (path, answer.text)
+    assert person.api.get("/users/me").status_code == 200
+
+
+def test_of_a_name_sent_twice_the_last_counts(service: Service) -> None:
+    person = sign_up(service)
+    twice = person.api.patch("/users/me", content=b'{"bio":"one","bio":"two"}', headers=JSON)
+    assert twice.json()["bio"] == "two"
+
+
+BAD_IDS = ["0", "-1", str(2**31), str(2**63), "9" * 5_000, "abc", "1.5", "%00", "%ED%A0%80", "me%20"]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS, ids=[b[:20] for b in BAD_IDS])
+def test_ids_out_of_range_are_422(service: Service, bad: str) -> None:
+    admin = sign_in_admin(service)
+    for method in ("GET", "PATCH", "DELETE"):
+        answer = admin.api.request(method, f"/users/{bad}", json={} if method == "PATCH" else None)
+        assert answer.status_code == 422
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["page=0", "page=-1", f"page={2**31}", "size=0", "size=-1", "size=101", "page=x", "is_active=x", "page=%00"],
+)
+def test_bad_pages_are_422(service: Service, query: str) -> None:
+    assert sign_in_admin(service).api.get(f"/users?{query}").status_code == 422
+
+
+@pytest.mark.parametrize("query", ["everywhere=2", "everywhere=%00"])
+def test_bad_flags_are_422(service: Service, query: str) -> None:
+    assert sign_up(service).api.post(f"/auth/logout?{query}").status_code == 422
+
+
+@pytest.mark.parametrize(
+    "email",
+    ["Name <a@b.co>", "a" * 290 + "@example.com", "a@b.co, c@d.co", "@b.co", "a@", "a", "", "a\n@b.co", "a b@c.co", None, 1],
+    ids=str,
+)
+def test_only_one_plain_email_is_taken(service: Service, email: object) -> None:
+    assert register(service, email=email).status_code == 422
+
+
+def test_emails_compare_without_case(service: Service) -> None:
+    email = new_email()
+    first = register(service, email=email.upper().replace("PERSON", "Person"))
+    assert first.json()["email"] == email
+    assert register(service, email=email).json()["error_code"] == "EMAIL_TAKEN"
+    assert log_in(service, email.upper()).status_code == 200
+
+
+FIELDS = [
+    ("first_name", "x" * 100, 200),
+    ("first_name", "x" * 101, 422),
+    ("first_name", "line\nbreak", 422),
+    ("last_name", "bell\u0007", 422),
+    ("last_name", "del\u007f", 422),
+    ("last_name", None, 200),
+    ("age", 1, 200),
+    ("age", 149, 200),
+    ("age", 0, 422),
+    ("age", 150, 422),
+    ("age", None, 200),
+    ("bio", "lines\nand 李\U0001f600", 200),
+    ("bio", "x" * 2_000, 200),
+    ("bio", "x" * 2_001, 422),
+    ("bio", "nul\u0000", 422),
+    ("avatar_url", "https://example.com/a.png", 200),
+    ("avatar_url", "http://example.com", 200),
+    ("avatar_url", "https://example.com/" + "x" * 481, 422),
+    ("avatar_url", "javascript:alert(1)", 422),
+    ("avatar_url", "ftp://example.com/a.png", 422),
+    ("avatar_url", "https://", 422),
+    ("avatar_url", "https://a b", 422),
+    ("email", None, 422),
+    ("password", None, 422),
+    ("role", None, 422),
+    ("role", "root", 422),
+    ("is_active", None, 422),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "status"), FIELDS, ids=[f"{f}={str(v)[:25]!r}" for f, v, _ in FIELDS])
+def test_each_field_keeps_its_bounds(service: Service, field: str, value: object, status: int) -> None:
+    person = sign_up(service)
+    answer = sign_in_admin(service).api.patch(f"/users/{person.id}", json={field: value})
+    assert answer.status_code == status
+    if status == 200:
+        assert answer.json()[field] == value
+    else:
+        assert str(value) not in answer.text or len(str(value)) < 5
+
+
+def test_names_are_trimmed_and_make_the_full_name(service: Service) -> None:
+    person = sign_up(service, first_name="  Ann ", last_name="")
+    assert person.api.get("/users/me").json()["full_name"] == "Ann"
+    both = person.api.patch("/users/me", json={"last_name": " Lee\n"}).json()
+    assert (both["first_name"], both["last_name"], both["full_name"]) == ("Ann", "Lee", "Ann Lee")
+    none = person.api.patch("/users/me", json={"first_name": None, "last_name": None}).json()
+    assert none["full_name"] == f"user {person.id}"
+
+
+NOT_THEIRS = ["id", "is_superuser", "hashed_password", "author_id", "created_at", "full_name", "sid"]
+
+
+@pytest.mark.parametrize("field", NOT_THEIRS)
+def test_nobody_assigns_what_is_not_theirs(service: Service, field: str) -> None:
+    person, admin = sign_up(service), sign_in_admin(service)
+    before = person.api.get("/users/me").json()
+    for caller, method, path in (
+        (service.client, "POST", "/auth/register"),
+        (person.api, "PATCH", "/users/me"),
+        (admin.api, "PATCH", f"/users/{person.id}"),
+        (admin.api, "POST", "/users"),
+    ):
+        body = {"email": new_email(), "password": PASSWORD} if method == "POST" else {}
+        assert caller.request(method, path, json=body | {field: 1}).status_code == 422
+    assert person.api.get("/users/me").json() == before
+
+
+@pytest.mark.parametrize("field", [{"role": "admin"}, {"is_active": True}])
+def test_role_and_is_active_are_for_superusers(service: Service, field: dict[str, Any]) -> None:
+    person = sign_up(service)
+    assert register(service, **field).status_code == 422
+    assert person.api.patch("/users/me", json=field).status_code == 403
+    assert person.api.patch("/users/me", json=field | {"bio": "x"}).status_code == 403
+    assert person.api.get("/users/me").json()["bio"] is None
+
+
+# --- Accounts and tokens --------------------------------------------------------------------------
+
+
+def test_registering_answers_the_whole_user_and_nothing_more(service: Service) -> None:
+    email = new_email()
+    user = register(service, email=email, first_name="Ann", last_name="Lee", age=30).json()
+    assert UTC_TIME.fullmatch(user["created_at"])
+    assert UTC_TIME.fullmatch(user["updated_at"])
+    assert user == {
+        "id": user["id"],
+        "full_name": "Ann Lee",
+        "bio": None,
+        "avatar_url": None,
+        "created_at": user["created_at"],
+        "email": email,
+        "first_name": "Ann",
+        "last_name": "Lee",
+        "age": 30,
+        "role": "user",
+        "is_superuser": False,
+        "is_active": True,
+        "updated_at": user["updated_at"],
+    }
+
+
+def test_of_50_registrations_of_one_email_at_once_one_succeeds(service: Service) -> None:
+    email = new_email()
+    answers = at_once(50, lambda _: register(service, email=email))
+    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 49
+    assert {a.json()["error_code"] for a in answers if a.status_code == 409} == {"EMAIL_TAKEN"}
+
+
+def test_200_writers_at_once_all_succeed(service: Service) -> None:
+    person = sign_up(service)
+    answers = at_once(200, lambda n: person.api.patch("/users/me", json={"age": n % 149 + 1}))
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def test_closed_registration_leaves_it_to_superusers(start: Callable[..., Service]) -> None:
+    service = start(REGISTRATION="closed")
+    assert register(service).json()["error_code"] == "INSUFFICIENT_PERMISSIONS"
+    body = {"email": new_email(), "password": PASSWORD}
+    assert sign_in_admin(service).api.post("/users", json=body).status_code == 201
+    assert sign_in(service, body["email"]).id == 2
+
+
+@pytest.mark.parametrize(
+    "password",
+    ["x" * 73, "\U0001f600" * 25, "\U0001f600" * 64, "Pässwört " * 14, "  spaces count  ", "x" * 128],
+    ids=["73 x", "25 emoji", "64 emoji", "umlauts", "spaces", "128 x"],
+)
+def test_every_character_of_a_password_counts(service: Service, password: str) -> None:
+    email = sign_up(service, password=password).email
+    for wrong in (password[:-1], password + "x", password[:-1] + "y", password.swapcase(), password.strip()):
+        if wrong != password:
+            assert log_in(service, email, wrong).json()["error_code"] == "INVALID_CREDENTIALS"
+
+
+@pytest.mark.parametrize("password", ["x" * 7, "x" * 129, "password", "12345678", "QwertyUIOP", "nul\u0000nul\u0000nul"])
+def test_weak_and_endless_passwords_are_refused(service: Service, password: str) -> None:
+    person, admin = sign_up(service), sign_in_admin(service)
+    assert register(service, password=password).status_code == 422
+    change = {"password": password, "current_password": PASSWORD}
+    assert person.api.patch("/users/me", json=change).status_code == 422
+    body = {"email": new_email(), "password": password}
+    assert admin.api.post("/users", json=body).status_code == 422
+    assert register(service, password="password123").status_code == 201
+
+
+def test_tokens_say_what_they_must(service: Service) -> None:
+    answer = log_in(service, sign_up(service).email)
+    tokens = answer.json()
+    assert answer.headers["cache-control"] == "no-store"
+    assert tokens.keys() == {"access_token", "refresh_token", "token_type", "expires_in"}
+    assert (tokens["token_type"], tokens["expires_in"]) == ("bearer", 1800)
+    for kind, lifetime in (("access", 1800), ("refresh", 7 * 86400)):
+        claims = jwt.decode(tokens[f"{kind}_token"], KEY, ["HS256"])
+        assert claims.keys() == {"sub", "exp", "iat", "jti", "sid", "type"}
+        assert claims["type"] == kind
+        assert isinstance(claims["sub"], str)
+        assert claims["exp"] - claims["iat"] == lifetime
+
+
+def test_the_longest_life_of_a_session_bounds_its_tokens(start: Callable[..., Service]) -> None:
+    service = start(ACCESS_TOKEN_EXPIRE_MINUTES="525600", REFRESH_TOKEN_EXPIRE_DAYS="1")
+    person = sign_up(service)
+    assert 86_390 <= person.tokens["expires_in"] <= 86_400
+    again = refresh(service, person.tokens["refresh_token"]).json()
+    ends = [jwt.get_unverified_claims(t["refresh_token"])["exp"] for t in (person.tokens, again)]
+    assert ends[0] == ends[1]
+
+
+def test_login_takes_the_forms_of_oauth2_and_ignores_the_rest(service: Service) -> None:
+    form = {"username": sign_up(service).email, "password": PASSWORD}
+    extra = {"grant_type": "password", "scope": "", "client_id": "x", "client_secret": "y"}
+    assert service.client.post("/auth/login", data=form | extra).status_code == 200
+    form = {"refresh_token": sign_up(service).tokens["refresh_token"]}
+    extra = {"grant_type": "refresh_token", "scope": "", "client_id": "x"}
+    assert service.client.post("/auth/refresh", data=form | extra).status_code == 200
+
+
+def test_a_refused_login_does_not_tell_why(service: Service) -> None:
+    person, admin = sign_up(service), sign_in_admin(service)
+    gone = sign_up(service)
+    admin.api.patch(f"/users/{gone.id}", json={"is_active": False})
+    refused = [
+        log_in(service, new_email()),
+        log_in(service, person.email, "wrong password"),
+        log_in(service, gone.email),
+        log_in(service, "not an email"),
+        log_in(service, "nul\u0000@example.com"),
+        log_in(service, person.email, "x" * 5_000),
+    ]
+    for answer in refused:
+        assert answer.status_code == 401
+        body = answer.json() | {"request_id": ""}
+        assert body == refused[0].json() | {"request_id": ""}
+        assert body["error_code"] == "INVALID_CREDENTIALS"
+
+
+def test_a_refused_login_takes_the_same_time_whatever_the_reason(start: Callable[..., Service]) -> None:
+    service = start(BCRYPT_ROUNDS="10")
+    known, gone = sign_up(service), sign_up(service)
+    sign_in_admin(service).api.patch(f"/users/{gone.id}", json={"is_active": False})
+    wrong = {"known": known.email, "unknown": new_email(), "deactivated": gone.email}
+    times: dict[str, list[float]] = {name: [] for name in wrong}
+    for _ in range(30 if FULL else 12):
+        for name, email in wrong.items():
+            began = time.perf_counter()
+            assert log_in(service, email, "wrong password").status_code == 401
+            times[name].append(time.perf_counter() - began)
+    medians = [statistics.median(spans) for spans in times.values()]
+    assert max(medians) < min(medians) * 1.1
+
+
+def test_logins_do_not_hold_up_readers(start: Callable[..., Service]) -> None:
+    service = start(BCRYPT_ROUNDS="11")
+    person = sign_up(service)
+    done = threading.Event()
+    times: list[float] = []
+
+    def read() -> None:
+        while not done.is_set():
+            began = time.perf_counter()
+            assert person.api.get("/users/me").status_code == 200
+            times.append(time.perf_counter() - began)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    answers = at_once(20, lambda _: log_in(service, person.email))
+    done.set()
+    reader.join()
+    assert {answer.status_code for answer in answers} == {200}
+    assert statistics.quantiles(times, n=100)[98] < 0.1
+
+
+def test_too_many_waiting_passwords_are_turned_away(start: Callable[..., Service]) -> None:
+    service = start(BCRYPT_ROUNDS="10")
+    answers = at_once(100, lambda n: log_in(service, f"nobody{n}@example.com"))
+    assert {answer.status_code for answer in answers} == {401, 503}
+
+
+def forgeries(person: Account) -> dict[str, tuple[str, ...]]:
+    """Tokens that must not be taken, by what is wrong with them."""
+    claims = jwt.get_unverified_claims(person.tokens["access_token"])
+    access, other_key = person.tokens["access_token"], "another key, which is long enough too"
+    header, payload, _ = access.split(".")
+    algorithms: list[object] = ["none", "None", "NONE", "nOnE", "", "HS384", "RS256", ["HS256"], "HS", None]
+    forged = {
+        f"alg {alg!r}": (raw_token({"typ": "JWT", "alg": alg}, claims),) for alg in algorithms
+    } | {
+        f"alg {alg!r} without a signature": (raw_token({"typ": "JWT", "alg": alg}, claims, signature=b""),)
+        for alg in algorithms
+    }
+    deep = base64.urlsafe_b64encode(b"[" * 5_000).decode()
+    return forged | {
+        "signature stripped": (f"{header}.{payload}.", f"{header}.{payload}"),
+        "another key": (forge(person, key=other_key),),
+        "another payload": (f"{header}.{raw_token({}, claims | {'sub': '1'}).split('.')[1]}.{access[-43:]}",),
+        "5,000 [": (deep, f"{deep}.{deep}.{access[-43:]}", f"{header}.{deep}.{access[-43:]}"),
+        "60 KB": ("a" * 60_000, f"{header}.{'a' * 60_000}.{access[-43:]}"),
+        "a claim missing": tuple(forge(person, drop=name) for name in claims),
+        "exp of a strange kind": tuple(
+            raw_token({"alg": "HS256"}, claims | {"exp": exp})
+            for exp in (None, "soon", [], {}, True, 1e400, float("nan"), -1)
+        ),
+        "expired": (forge(person, exp=int(time.time()) - 1),),
+        "sub of a strange kind": tuple(forge(person, sub=sub) for sub in ("0", "01", "x", "9" * 30)),
+        "sid of a strange kind": tuple(forge(person, sid=sid) for sid in ("", "x", "\u0000", "a" * 32)),
+        "sub of a strange type": (raw_token({"alg": "HS256"}, claims | {"sub": 1}),),
+        "claims that are no object": (raw_token({"alg": "HS256"}, [1]), raw_token({"alg": "HS256"}, b"[" * 2_000)),
+        "a refresh token": (person.tokens["refresh_token"], forge(person, type="refresh")),
+        "another type": (forge(person, type="ACCESS"), forge(person, type=["access"])),
+        "junk behind it": (access + "A", access + "=", access + ".A", access + "\u00e9", access + " x"),
+        "nothing": (".", ".."),
+    }
+
+
+def test_no_forged_token_is_taken(service: Service) -> None:
+    person = sign_up(service)
+    for wrong, tokens in forgeries(person).items():
+        for token in tokens:
+            headers = {"Authorization": b"Bearer " + token.encode("latin-1")}
+            answer = service.client.get("/users/me", headers=headers)
+            assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN"), wrong
+    assert person.api.get("/users/me").status_code == 200
+
+
+def test_no_forged_refresh_token_is_taken(service: Service) -> None:
+    person = sign_up(service)
+    for wrong, tokens in forgeries(person).items():
+        for token in tokens:
+            if wrong not in ("a refresh token", "nothing"):
+                answer = refresh(service, token)
+                assert answer.status_code in (401, 422), wrong
+                assert answer.json()["error_code"] != "TOKEN_REUSED"
+    assert refresh(service, person.tokens["access_token"]).json()["error_code"] == "INVALID_TOKEN"
+    assert refresh(service, person.tokens["refresh_token"]).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Basic YTpi", "Token x", "Bearer \udcff"])
+def test_anything_but_a_bearer_token_is_401(service: Service, header: str) -> None:
+    sent = {"Authorization": header.encode("utf-8", "surrogateescape")}
+    answer = service.client.get("/users/me", headers=sent)
+    assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN")
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_bad_token_does_not_matter_where_none_is_needed(service: Service) -> None:
+    person = sign_up(service)
+    bad = {"Authorization": "Bearer bad"}
+    form = {"username": person.email, "password": PASSWORD}
+    token = {"refresh_token": person.tokens["refresh_token"]}
+    assert service.client.post("/auth/login", data=form, headers=bad).status_code == 200
+    assert service.client.post("/auth/refresh", data=token, headers=bad).status_code == 200
+    for path in ("/health", "/", "/docs"):
+        assert service.client.get(service.address + path, headers=bad).status_code == 200
+
+
+def test_a_refresh_gives_two_new_tokens(service: Service) -> None:
+    person = sign_up(service)
+    answer = refresh(service, person.tokens["refresh_token"])
+    assert answer.headers["cache-control"] == "no-store"
+    for name in ("access_token", "refresh_token"):
+        assert answer.json()[name] != person.tokens[name]
+    assert service.as_(answer.json()["access_token"]).get("/users/me").json()["id"] == person.id
+
+
+def test_who_asks_again_within_ten_seconds_gets_the_same_refresh_token(service: Service) -> None:
+    person = sign_up(service)
+    first, again = (refresh(service, person.tokens["refresh_token"]).json() for _ in range(2))
+    assert again["refresh_token"] == first["refresh_token"]
+    assert again["access_token"] != first["access_token"]
+    service.sql(f"UPDATE session SET rotated_at = {service.ago(seconds=9)} WHERE user_id = {person.id}")
+    assert refresh(service, person.tokens["refresh_token"]).status_code == 200
+
+
+def test_20_refreshes_at_once_share_one_new_token(service: Service) -> None:
+    person = sign_up(service)
+    answers = at_once(20, lambda _: refresh(service, person.tokens["refresh_token"]))
+    assert {answer.status_code for answer in answers} == {200}
+    (new,) = {answer.json()["refresh_token"] for answer in answers}
+    assert refresh(service, new).status_code == 200
+
+
+def assert_reuse_ends_the_session(person: Account, used: str, latest: dict[str, Any]) -> None:
+    answer = refresh(person.service, used)
+    assert (answer.status_code, answer.json()["error_code"]) == (401, "TOKEN_REUSED")
+    assert refresh(person.service, latest["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
+    assert person.service.as_(latest["access_token"]).get("/users/me").status_code == 401
+
+
+def test_a_used_refresh_token_after_ten_seconds_ends_the_session(service: Service) -> None:
+    person = sign_up(service)
+    elsewhere = sign_in(service, person.email)
+    latest = refresh(service, person.tokens["refresh_token"]).json()
+    sid = jwt.get_unverified_claims(latest["access_token"])["sid"]
+    service.sql(f"UPDATE session SET rotated_at = {service.ago(seconds=10.1)} WHERE id = '{sid}'")
+    assert_reuse_ends_the_session(person, person.tokens["refresh_token"], latest)
+    assert elsewhere.api.get("/users/me").status_code == 200
+
+
+def test_the_refresh_token_before_the_last_one_ends_the_session(service: Service) -> None:
+    person = sign_up(service)
+    second = refresh(service, person.tokens["refresh_token"]).json()
+    third = refresh(service, second["refresh_token"]).json()
+    assert_reuse_ends_the_session(person, person.tokens["refresh_token"], third)
+
+
+def test_logout_ends_this_session_or_all(service: Service) -> None:
+    here = sign_up(service)
+    there, far = sign_in(service, here.email), sign_in(service, here.email)
+    assert here.api.post("/auth/logout").status_code == 204
+    assert here.api.get("/users/me").status_code == 401
+    assert refresh(service, here.tokens["refresh_token"]).status_code == 401
+    assert there.api.get("/users/me").status_code == 200
+    assert there.api.post("/auth/logout?everywhere=true").status_code == 204
+    assert far.api.get("/users/me").status_code == 401
+
+
+def test_expired_sessions_go_at_the_next_login_and_at_the_start(start: Callable[..., Service]) -> None:
+    service = start()
+    one, other = sign_up(service), sign_up(service)
+    expire = f"UPDATE session SET expires_at = {service.ago(seconds=1)} WHERE user_id IN"
+    service.sql(f"{expire} ({one.id}, {other.id})")
+    sign_in(service, one.email)
+    owners = "SELECT user_id FROM session ORDER BY user_id"
+    assert service.sql(owners) == [(one.id,), (other.id,)]
+    service.stop()
+    service.start()
+    assert service.sql(owners) == [(one.id,)]
+
+
+def test_old_tokens_are_refused_on_the_very_next_request(service: Service) -> None:
+    admin = sign_in_admin(service)
+    deactivated, deleted, demoted = sign_up(service), sign_up(service), sign_up(service)
+    admin.api.patch(f"/users/{demoted.id}", json={"role": "admin"})
+    assert demoted.api.get("/auth/verify?role=admin").status_code == 200
+    admin.api.patch(f"/users/{demoted.id}", json={"role": "user"})
+    assert demoted.api.get("/auth/verify?role=admin").status_code == 403
+    assert demoted.api.post("/users", json={}).status_code == 403
+    admin.api.patch(f"/users/{deactivated.id}", json={"is_active": False})
+    admin.api.delete(f"/users/{deleted.id}")
+    for gone in (deactivated, deleted):
+        for junk in ("", "A"):
+            assert service.as_(gone.tokens["access_token"] + junk).get("/users/me").status_code == 401
+        assert refresh(service, gone.tokens["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
+    admin.api.patch(f"/users/{deactivated.id}", json={"is_active": True})
+    assert deactivated.api.get("/users/me").status_code == 401
+    assert log_in(service, deactivated.email).status_code == 200
+
+
+def test_an_old_token_does_not_fit_the_next_person(service: Service) -> None:
+    newest = sign_up(service)
+    sign_in_admin(service).api.delete(f"/users/{newest.id}")
+    next_one = sign_up(service)
+    assert next_one.id > newest.id
+    assert newest.api.get("/users/me").status_code == 401
+
+
+# --- Forward auth ---------------------------------------------------------------------------------
+
+
+def test_verify_tells_a_proxy_who_it_is(service: Service) -> None:
+    person = sign_up(service, email=f"李+%{uuid4().hex[:6]}@exämple.com")
+    answer = person.api.get("/auth/verify")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["remote-user"] == str(person.id)
+    assert answer.headers["remote-groups"] == "user"
+    sent = person.email.replace("李", "%E6%9D%8E").replace("ä", "%C3%A4")
+    assert answer.headers["remote-email"] == sent
+    assert answer.headers["cache-control"] == "no-store"
+    admin = sign_in_admin(service).api.get("/auth/verify?role=admin")
+    assert (admin.status_code, admin.headers["remote-email"]) == (200, ADMIN["username"])
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```nginx\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    app, front = free_port(), free_port()
+    shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
+    shown = shown.replace("app:3000", f"127.0.0.1:{app}").replace("listen 80", f"listen 127.0.0.1:{front}")
+    guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 '$http_remote_user $http_remote_groups'; }} }}"
+    folders = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}}"
+        f"http {{ access_log off; {folders} {shown} {guarded} }}"
+    )
+    nginx = subprocess.Popen(["nginx", "-c", config, "-e", tmp_path / "errors"])
+    try:
+        url = f"http://127.0.0.1:{front}/anything?x=1"
+        person, admin = sign_up(service), sign_in_admin(service)
+
+        def get(url: str, **headers: str) -> httpx.Response | None:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(url, headers=headers)
+            return None
+
+        assert eventually(lambda: get(url)).status_code == 401
+        bearer = {"Authorization": person.api.headers["Authorization"]}
+        mine = httpx.post(url, headers=bearer | {"Remote-User": "1", "Remote-Groups": "admin"}, content="x" * 1000)
+        assert (mine.status_code, mine.text) == (200, f"{person.id} user")
+        assert httpx.get(f"{url}&admin", headers={"Authorization": "Bearer bad"}).status_code == 401
+        only_admins = url.replace("/anything", "/admin/anything")
+        assert httpx.get(only_admins, headers=bearer).status_code == 403
+        bearer = {"Authorization": admin.api.headers["Authorization"]}
+        assert httpx.get(only_admins, headers=bearer).text == f"{admin.id} admin"
+    finally:
+        nginx.terminate()
+        nginx.wait(10)
+
+
+# --- Users ----------------------------------------------------------------------------------------
+
+
+PUBLIC = {"id", "full_name", "bio", "avatar_url", "created_at"}
+WHOLE = PUBLIC | {"email", "first_name", "last_name", "age", "role", "is_superuser", "is_active", "updated_at"}
+
+# Who gets what: anonymous, another user, the owner, a superuser.
+TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
+    ("POST", "/auth/logout", None, (401, 204, 204, 204)),
+    ("GET", "/auth/verify", None, (401, 200, 200, 200)),
+    ("GET", "/auth/verify?role=user", None, (401, 200, 200, 403)),
+    ("GET", "/auth/verify?role=admin", None, (401, 403, 403, 200)),
+    ("GET", "/users/{user}", None, (401, 200, 200, 200)),
+    ("GET", "/users/me", None, (401, 200, 200, 200)),
+    ("GET", f"/users/{NEVER}", None, (401, 404, 404, 404)),
+    ("PATCH", "/users/{user}", {"bio": "x"}, (401, 403, 200, 200)),
+    ("PATCH", "/users/{user}", {}, (401, 403, 200, 200)),
+    ("PATCH", "/users/{user}", {"id": 1}, (401, 403, 422, 422)),
+    ("PATCH", "/users/{user}", {"role": "user"}, (401, 403, 403, 200)),
+    ("PATCH", "/users/{user}", {"is_active": True}, (401, 403, 403, 200)),
+    ("PATCH", "/users/{user}", {"password": "a new password"}, (401, 403, 403, 200)),
+    ("PATCH", "/users/me", {"role": "user"}, (401, 403, 403, 409)),
+    ("PATCH", "/users/me", {"is_active": False}, (401, 403, 403, 409)),
+    ("PATCH", f"/users/{NEVER}", {"bio": "x"}, (401, 403, 403, 404)),
+    ("GET", "/users", None, (401, 200, 200, 200)),
+    ("POST", "/users", {}, (401, 403, 403, 422)),
+    ("DELETE", f"/users/{NEVER}", None, (401, 403, 403, 404)),
+    ("DELETE", "/users/me", None, (401, 403, 403, 409)),
+    ("DELETE", "/users/{user}", None, (401, 403, 403, 204)),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "expected"), TABLE, ids=[f"{r[0]} {r[1]} {r[2] or ''}" for r in TABLE])
+def test_who_may_do_what(
+    service: Service, method: str, path: str, body: Any, expected: tuple[int, ...]
+) -> None:
+    owner = sign_up(service)
+    callers = (service.client, sign_up(service).api, owner.api, sign_in_admin(service).api)
+    path = path.replace("{user}", str(owner.id))
+    got = tuple(c.request(method, path, json=body).status_code for c in callers)
+    assert got == expected
+
+
+def test_every_route_stands_in_that_table(service: Service) -> None:
+    paths = service.client.get(f"{service.address}/openapi.json").json()["paths"]
+    open_to_all = {"/", "/health", "/api/v1/auth/register", "/api/v1/auth/login", "/api/v1/auth/refresh"}
+    routes = {(m.upper(), p) for p, methods in paths.items() if p not in open_to_all for m in methods}
+    there = {(row[0], "/api/v1" + row[1].partition("?")[0]) for row in TABLE}
+    assert routes <= there
+
+
+def test_others_see_what_is_public_and_superusers_the_whole(service: Service) -> None:
+    owner, other, admin = sign_up(service), sign_up(service), sign_in_admin(service)
+    assert other.api.get(f"/users/{owner.id}").json().keys() == PUBLIC
+    assert owner.api.get(f"/users/{owner.id}").json().keys() == WHOLE
+    assert admin.api.get(f"/users/{owner.id}").json() == owner.api.get("/users/me").json()
+    last = {"page": other.api.get("/users?size=1").json()["pages"], "size": 1}
+    (seen,) = other.api.get("/users", params=last).json()["items"]
+    assert seen == {name: value for name, value in other.api.get("/users/me").json().items() if name in PUBLIC}
+    (seen,) = admin.api.get("/users", params=last).json()["items"]
+    assert seen == other.api.get("/users/me").json()
+
+
+def test_pages_of_users(start: Callable[..., Service]) -> None:
+    service = start()
+    people = [sign_up(service) for _ in range(4)]
+    admin = sign_in_admin(service)
+    admin.api.patch(f"/users/{people[3].id}", json={"is_active": False})
+    second = people[0].api.get("/users?page=2&size=2").json()
+    assert [user["id"] for user in second.pop("items")] == [3, 4]
+    assert second == {"total": 5, "page": 2, "size": 2, "pages": 3}
+    beyond = people[0].api.get(f"/users?page={NEVER}&size=100")
+    assert (beyond.status_code, beyond.json()["items"], beyond.json()["total"]) == (200, [], 5)
+    assert people[0].api.get("/users").json()["size"] == 20
+    gone = admin.api.get("/users?is_active=false").json()
+    assert [user["id"] for user in gone["items"]] == [5]
+    assert admin.api.get("/users?is_active=true").json()["total"] == 4
+
+
+def test_only_the_fields_sent_change(service: Service) -> None:
+    person = sign_up(service, first_name="Ann", age=30)
+    before = person.api.get("/users/me").json()
+    after = person.api.patch("/users/me", json={"age": None, "bio": "hello"}).json()
+    assert after["updated_at"] > before["updated_at"]
+    changed = {"age": None, "bio": "hello", "updated_at": after["updated_at"]}
+    assert after == before | changed == person.api.get(f"/users/{person.id}").json()
+    assert person.api.patch("/users/me", json={}).json() == after
+
+
+@pytest.mark.parametrize("change", [{"email": "taken"}, {"password": "a new password"}])
+def test_own_email_and_password_need_the_current_one(service: Service, change: dict[str, str]) -> None:
+    person = sign_up(service)
+    if "email" in change:
+        change = {"email": new_email()}
+    for current in ({}, {"current_password": "wrong password"}, {"current_password": ""}):
+        refused = person.api.patch("/users/me", json=change | current)
+        assert (refused.status_code, refused.json()["error_code"]) == (403, "INSUFFICIENT_PERMISSIONS")
+    done = person.api.patch("/users/me", json=change | {"current_password": PASSWORD})
+    assert done.status_code == 200
+    assert log_in(service, change.get("email", person.email), change.get("password", PASSWORD)).status_code == 200
+    assert log_in(service, person.email, PASSWORD).status_code == 401
+
+
+def test_an_email_that_is_taken_is_409(service: Service) -> None:
+    person, other, admin = sign_up(service), sign_up(service), sign_in_admin(service)
+    change = {"email": other.email.upper(), "current_password": PASSWORD}
+    assert person.api.patch("/users/me", json=change).json()["error_code"] == "EMAIL_TAKEN"
+    taken = {"email": other.email, "password": PASSWORD}
+    assert admin.api.post("/users", json=taken).json()["error_code"] == "EMAIL_TAKEN"
+
+
+def test_a_new_password_ends_all_other_sessions(service: Service) -> None:
+    here = sign_up(service)
+    there = sign_in(service, here.email)
+    change = {"password": "a new password", "current_password": PASSWORD}
+    assert here.api.patch("/users/me", json=change).status_code == 200
+    assert here.api.get("/users/me").status_code == 200
+    assert there.api.get("/users/me").status_code == 401
+    sign_in_admin(service).api.patch(f"/users/{here.id}", json={"password": PASSWORD})
+    assert here.api.get("/users/me").status_code == 401
+
+
+def test_superusers_make_accounts_of_any_role(service: Service) -> None:
+    admin = sign_in_admin(service)
+    body = {"email": new_email(), "password": PASSWORD, "role": "admin", "is_active": False}
+    made = admin.api.post("/users", json=body)
+    assert made.status_code == 201
+    assert made.json().keys() == WHOLE
+    assert (made.json()["is_superuser"], made.json()["is_active"]) == (True, False)
+    assert log_in(service, body["email"]).status_code == 401
+
+
+@pytest.mark.parametrize("removal", [{"role": "user"}, {"is_active": False}, None], ids=str)
+def test_two_admins_who_remove_each_other_leave_one(
+    service: Service, removal: dict[str, Any] | None
+) -> None:
+    def remove(caller: Account, other: Account) -> httpx.Response:
+        if removal is None:
+            return caller.api.delete(f"/users/{other.id}")
+        return caller.api.patch(f"/users/{other.id}", json=removal)
+
+    for _ in range(5):
+        pair = [sign_up(service), sign_up(service)]
+        for person in pair:
+            sign_in_admin(service).api.patch(f"/users/{person.id}", json={"role": "admin"})
+        at_once(2, lambda n, pair=pair: remove(pair[n], pair[1 - n]))
+        ids = f"({pair[0].id}, {pair[1].id})"
+        left = f"""SELECT count(*) FROM "user" WHERE id IN {ids} AND role = 'admin' AND is_active"""
+        assert service.sql(left) == [(1,)]
+
+
+def test_deleting_a_user_leaves_nothing_behind(service: Service) -> None:
+    person = sign_up(service)
+    sign_in(service, person.email)
+    assert sign_in_admin(service).api.delete(f"/users/{person.id}").status_code == 204
+    assert service.sql(f"SELECT id FROM session WHERE user_id = {person.id}") == []
+    assert sign_in_admin(service).api.get(f"/users/{person.id}").status_code == 404
+
+
+# --- Mail -----------------------------------------------------------------------------------------
+
+
+def test_a_welcome_mail_is_sent(service: Service, mail_server: MailServer) -> None:
+    email = register(service, first_name="Ann").json()["email"]
+    (mail,) = eventually(lambda: mail_server.mails_to(email))
+    assert (mail["subject"], mail["from"]) == ("Welcome", "nutshell@localhost")
+    assert "Hello Ann," in mail.get_content()
+
+
+def test_superusers_choose_whether_a_welcome_is_sent(service: Service, mail_server: MailServer) -> None:
+    admin, silent, greeted = sign_in_admin(service), new_email(), new_email()
+    for email, query in ((silent, ""), (greeted, "?send_welcome=true")):
+        assert admin.api.post(f"/users{query}", json={"email": email, "password": PASSWORD}).status_code == 201
+    eventually(lambda: mail_server.mails_to(greeted))
+    assert not mail_server.mails_to(silent)
+
+
+def test_development_prints_the_mail(start: Callable[..., Service]) -> None:
+    service = start()
+    email = register(service).json()["email"]
+    eventually(lambda: f"To: {email}" in service.log.read_text())
+
+
+@pytest.mark.parametrize("failure", ["refused", "silent"])
+def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
+    start: Callable[..., Service], failure: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        port = deaf.getsockname()[1] if failure == "silent" else free_port()
+        service = start(SMTP_URL=f"smtp://user:hunter2@127.0.0.1:{port}", MAIL_FROM="us@example.com")
+        began = time.monotonic()
+        email = register(service).json()["email"]
+        assert time.monotonic() - began < 2
+        line = eventually(lambda: re.search("mail not sent: .*", service.log.read_text()), 8)
+        assert email not in line[0]
+        assert "hunter2" not in service.log.read_text()
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turn", range(100 if FULL else 3))
+def test_kill_9_loses_nothing_that_was_answered(start: Callable[..., Service], turn: int) -> None:
+    service = start()
+    person = sign_up(service)
+    acknowledged: list[str] = []
+
+    def write() -> None:
+        with contextlib.suppress(httpx.TransportError):
+            while True:
+                acknowledged.append(register(service).json()["email"])
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    eventually(lambda: len(acknowledged) > 20 + turn % 17)
+    service.process.kill()
+    for writer in writers:
+        writer.join()
+    service.process.wait()
+    began = time.monotonic()
+    service.start()
+    assert time.monotonic() - began < 2.5
+    stored = {email for (email,) in service.sql("SELECT email FROM user")}
+    assert stored >= set(acknowledged)
+    assert service.sql("PRAGMA integrity_check") == [("ok",)]
+    assert service.as_(person.tokens["access_token"]).get("/users/me").status_code == 200
+
+
+def test_the_database_is_opened_for_durability(service: Service) -> None:
+    if service.database == "sqlite":
+        assert service.sql("PRAGMA journal_mode") == [("wal",)]
+        log = service.log.read_text()
+        assert "BEGIN" not in log or "parameters hidden" in log
+
+
+def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., Service]) -> None:
+    service = start()
+    sign_up(service)
+    limits = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (service.log.stat().st_size + 9_000, limits[1]))
+    email = new_email()
+    assert register(service, email=email).status_code == 503
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, limits)
+    assert log_in(service, email).status_code == 401
+    assert register(service, email=email).status_code == 201
+    assert service.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_locked_database_is_503_for_writers_and_open_to_readers(start: Callable[..., Service]) -> None:
+    service = start()
+    person = sign_up(service)
+    with contextlib.closing(sqlite3.connect(service.folder / "app.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with ThreadPoolExecutor(1) as pool:
+            write = pool.submit(person.api.patch, "/users/me", json={"bio": "x"})
+            assert person.api.get("/users/me").json()["bio"] is None
+            assert service.client.get(f"{service.address}/health").status_code == 200
+            assert write.result().status_code == 503
+        other.execute("ROLLBACK")
+    assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
+
+
+def test_a_health_check_is_answered_under_load(service: Service) -> None:
+    person = sign_up(service)
+    done = threading.Event()
+
+    def load() -> None:
+        while not done.is_set():
+            person.api.get("/users/me")
+
+    loaders = [threading.Thread(target=load) for _ in range(16)]
+    for loader in loaders:
+        loader.start()
+    for _ in range(5):
+        began = time.monotonic()
+        assert service.client.get(f"{service.address}/health").status_code == 200
+        assert time.monotonic() - began < 2
+    done.set()
+    for loader in loaders:
+        loader.join()
+
+
+# --- Logs -----------------------------------------------------------------------------------------
+
+
+def test_nothing_secret_and_no_email_is_in_the_log(service: Service) -> None:
+    """The shared server ran at LOG_LEVEL=debug through all the tests above."""
+    person = sign_up(service)
+    log = service.log.read_text()
+    assert "SELECT" in log
+    assert "INSERT" in log
+    for secret in SECRETS | {person.email, "@example.com", "$2b$", "Bearer ey"}:
+        assert secret not in log
+
+
+# --- The file -------------------------------------------------------------------------------------
+
+
+def stored_names(node: ast.AST) -> set[str]:
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+
+
+def early_names(node: ast.AST, defined: dict[str, int], local: set[str]) -> Iterator[str]:
+    """Names read above the line that defines them, where no name of the function hides them."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+        local = local | stored_names(node)
+    if isinstance(node, ast.Name) and node.id not in local and node.lineno < defined.get(node.id, 0):
+        yield f"{node.id} in line {node.lineno}"
+    for child in ast.iter_child_nodes(node):
+        yield from early_names(child, defined, local)
+
+
+def test_no_name_is_used_above_its_definition() -> None:
+    """Inside functions too: a reader meets the use before the definition."""
+    tree = ast.parse((HERE / "main.py").read_text())
+    defined: dict[str, int] = {}
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.setdefault(part.name, part.lineno)
+        else:
+            for name in stored_names(part):
+                defined.setdefault(name, part.lineno)
+    assert len(defined) > 50
+    assert list(early_names(tree, defined, set())) == []
+
+
+def test_alembic_finds_nothing_to_do(service: Service) -> None:
+    migration = pytest.importorskip("alembic.runtime.migration")
+    autogenerate = pytest.importorskip("alembic.autogenerate")
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    import main
+
+    def differences(connection: Connection) -> Any:
+        context = migration.MigrationContext.configure(connection)
+        return autogenerate.compare_metadata(context, main.SQLModel.metadata)
+
+    async def compare() -> Any:
+        engine = create_async_engine(service.settings["DATABASE_URL"])
+        async with engine.connect() as connection:
+            found = await connection.run_sync(differences)
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(compare()) == []
+
+
+def test_openapi_describes_answers_and_errors(service: Service) -> None:
+    page = service.client.get(f"{service.address}/openapi.json").json()
+    assert page["components"]["schemas"]["Problem"]["required"] == ["detail", "error_code", "request_id"]
+    for path, methods in page["paths"].items():
+        for method, route in methods.items():
+            assert route["summary"], (path, method)
+            errors = {code: route["responses"][code] for code in route["responses"] if code >= "400"}
+            assert errors.keys() >= {"400", "413", "422", "500", "503"}
+            for error in errors.values():
+                assert error["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
+    verify = page["paths"]["/api/v1/auth/verify"]["get"]["responses"]["200"]
+    assert "content" not in verify
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+README = HERE / "README.md"
+
+
+def test_every_setting_stands_in_readme_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `?([A-Z_]+)`? \| (.*?) \|", README.read_text(), re.MULTILINE))
+    fields = {name.upper(): field for name, field in settings_class().model_fields.items()}
+    assert rows.keys() == fields.keys()
+    for name, shown in rows.items():
+        default = fields[name].default
+        expected = "none" if default in (None, "") else f"`{default}`"
+        assert name == "SECRET_KEY" or shown == expected
+
+
+def test_the_compose_file_in_readme_names_real_settings() -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    named = set(re.findall(r"^ {6}([A-Z_]+):", shown, re.MULTILINE))
+    assert "REGISTRATION" in named
+    assert named <= {name.upper() for name in settings_class().model_fields}
+
+
+def test_the_tour_in_readme_works_as_shown(start: Callable[..., Service]) -> None:
+    service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
+    (tour,) = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
+    steps = re.findall(r"^\$ (.*?(?:\\\n.*?)*)\n((?:(?!\$ ).*\n)*)", tour, re.MULTILINE)
+    assert len(steps) >= 5
+    script = "".join(f"{command}\necho; echo ----\n" for command, _ in steps)
+    script = script.replace("http://localhost:8000", service.address)
+    ran = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=30)
+    printed = ran.stdout.split("----\n")
+    assert len(printed) == len(steps) + 1, ran.stderr
+
+    def plain(text: str) -> str:
+        text = re.sub(r"20\d\d-[\d:.T-]+Z", "TIME", text)
+        text = re.sub(r'"ey[^"]*"', '"TOKEN"', text)
+        return re.sub(r'"[0-9a-f]{32}"', '"ID"', text).strip()
+
+    for (command, shown), got in zip(steps, printed, strict=False):
+        assert plain(got) == plain(shown), command
