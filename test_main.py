@@ -1266,7 +1266,7 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
     app, front = free_port(), free_port()
     shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
     shown = shown.replace("app:3000", f"127.0.0.1:{app}").replace("listen 80", f"listen 127.0.0.1:{front}")
-    guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 '$http_remote_user $http_remote_groups'; }} }}"
+    guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 '$http_remote_user $http_remote_groups $http_remote_email'; }} }}"
     folders = "".join(
         f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -1287,13 +1287,14 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
 
         assert eventually(lambda: get(url)).status_code == 401
         bearer = {"Authorization": person.api.headers["Authorization"]}
-        mine = httpx.post(url, headers=bearer | {"Remote-User": "1", "Remote-Groups": "admin"}, content="x" * 1000)
-        assert (mine.status_code, mine.text) == (200, f"{person.id} user")
-        assert httpx.get(f"{url}&admin", headers={"Authorization": "Bearer bad"}).status_code == 401
+        lies = {"Remote-User": "1", "Remote-Groups": "admin", "Remote-Email": "a@b.co"}
+        mine = httpx.post(url, headers=bearer | lies, content="x" * 1000)
+        assert (mine.status_code, mine.text) == (200, f"{person.id} user {person.email}")
+        assert httpx.get(url, headers=lies | {"Authorization": "Bearer bad"}).status_code == 401
         only_admins = url.replace("/anything", "/admin/anything")
         assert httpx.get(only_admins, headers=bearer).status_code == 403
         bearer = {"Authorization": admin.api.headers["Authorization"]}
-        assert httpx.get(only_admins, headers=bearer).text == f"{admin.id} admin"
+        assert httpx.get(only_admins, headers=bearer).text == f"{admin.id} admin {admin.email}"
     finally:
         nginx.terminate()
         nginx.wait(10)
