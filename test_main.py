@@ -120,7 +120,9 @@ class Service:
     def environment(self) -> dict[str, str]:
         ours = {name.upper() for name in settings_class().model_fields}
         inherited = {name: value for name, value in os.environ.items() if name not in ours}
-        return inherited | {name: value for name, value in self.settings.items() if value != "unset"}
+        return inherited | {
+            name: value for name, value in self.settings.items() if value != "unset"
+        }
 
     def start(self) -> None:
         command = [sys.executable, HERE / "main.py"]
@@ -354,7 +356,9 @@ def forge(account: Account, drop: str | None = None, key: str = KEY, **changes: 
     return jwt.encode({k: v for k, v in claims.items() if k != drop}, key, "HS256")
 
 
-def raw_token(header: object, claims: object, key: str = KEY, signature: bytes | None = None) -> str:
+def raw_token(
+    header: object, claims: object, key: str = KEY, signature: bytes | None = None
+) -> str:
     """Put together by hand, for what no library would sign."""
 
     def part(value: object) -> str:
@@ -415,7 +419,9 @@ WRONG_SETTINGS = [
 
 
 @pytest.mark.parametrize(
-    ("settings", "line"), WRONG_SETTINGS, ids=[f"{[*s][0]}-{line[:25]}" for s, line in WRONG_SETTINGS]
+    ("settings", "line"),
+    WRONG_SETTINGS,
+    ids=[f"{[*s][0]}-{line[:25]}" for s, line in WRONG_SETTINGS],
 )
 def test_a_wrong_setting_ends_the_start_with_one_clear_line(
     tmp_path: Path,
@@ -512,12 +518,16 @@ def test_four_processes_that_start_on_one_empty_database_all_serve(
         if not POSTGRES:
             pytest.skip("TEST_DATABASE_URL is not set")
         settings = {"DATABASE_URL": new_postgres_database(), "SECRET_KEY": KEY}
-    settings |= {"DATABASE_URL": settings.get("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/app.db")}
+    settings |= {
+        "DATABASE_URL": settings.get("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/app.db")
+    }
     folders = [tmp_path / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir()
     services = at_once(4, lambda number: Service(folders[number], **settings))
-    admin = sign_in(services[0], ADMIN["username"], settings.get("FIRST_SUPERUSER_PASSWORD", ADMIN["password"]))
+    admin = sign_in(
+        services[0], ADMIN["username"], settings.get("FIRST_SUPERUSER_PASSWORD", ADMIN["password"])
+    )
     for service in services:
         assert service.as_(admin.tokens["access_token"]).get("/users").json()["total"] == 1
         assert service.stop() in (0, -signal.SIGTERM)
@@ -616,7 +626,12 @@ def test_a_strange_request_id_is_replaced(service: Service, sent: str) -> None:
 
 
 ERRORS: list[tuple[int, str, str, dict[str, Any]]] = [
-    (400, "POST", "/auth/register", {"content": b"{", "headers": {"content-type": "application/json"}}),
+    (
+        400,
+        "POST",
+        "/auth/register",
+        {"content": b"{", "headers": {"content-type": "application/json"}},
+    ),
     (401, "GET", "/users/me", {}),
     (401, "POST", "/auth/login", {"data": {"username": "x", "password": "y"}}),
     (404, "GET", "/nowhere", {}),
@@ -627,7 +642,9 @@ ERRORS: list[tuple[int, str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("status", "method", "path", "sent"), ERRORS, ids=[str(e[0]) for e in ERRORS])
+@pytest.mark.parametrize(
+    ("status", "method", "path", "sent"), ERRORS, ids=[str(e[0]) for e in ERRORS]
+)
 def test_every_error_has_cors_headers_and_keeps_the_connection(
     service: Service, status: int, method: str, path: str, sent: dict[str, Any]
 ) -> None:
@@ -642,7 +659,9 @@ def test_every_error_has_cors_headers_and_keeps_the_connection(
         *("X-Request-ID", "X-Process-Time", "X-Cache"),
     }
     assert "connection" not in answer.headers
-    foreign = service.client.request(method, path, **sent | {"headers": origin | {"Origin": "http://evil.example"}})
+    foreign = service.client.request(
+        method, path, **sent | {"headers": origin | {"Origin": "http://evil.example"}}
+    )
     assert foreign.status_code == status
     assert "access-control-allow-origin" not in foreign.headers
 
@@ -660,7 +679,9 @@ def test_a_preflight_names_what_may_be_sent(service: Service) -> None:
 
 
 def test_any_origin_is_served_without_credentials(start: Callable[..., Service]) -> None:
-    answer = start(CORS_ORIGINS="*").client.get("/users/me", headers={"Origin": "http://any.example"})
+    answer = start(CORS_ORIGINS="*").client.get(
+        "/users/me", headers={"Origin": "http://any.example"}
+    )
     assert answer.headers["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in answer.headers
 
@@ -736,7 +757,10 @@ FORM = {"content-type": "application/x-www-form-urlencoded"}
 BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "nothing": (b"", {}),
     "nothing, called JSON": (b"", JSON),
-    "a NUL": (b'{"email":"a\\u0000@b.co","password":"\\u0000aaaaaaaaa","first_name":"\\u0000"}', JSON),
+    "a NUL": (
+        b'{"email":"a\\u0000@b.co","password":"\\u0000aaaaaaaaa","first_name":"\\u0000"}',
+        JSON,
+    ),
     "half a surrogate pair": (b'{"email":"a@b.co","password":"aaaaaaaaaa","bio":"\\ud800"}', JSON),
     "half a surrogate pair as a name": (b'{"\\ud800":1}', JSON),
     "NaN": (b'{"age":NaN}', JSON),
@@ -785,7 +809,18 @@ def test_of_a_name_sent_twice_the_last_counts(service: Service) -> None:
     assert twice.json()["bio"] == "two"
 
 
-BAD_IDS = ["0", "-1", str(2**31), str(2**63), "9" * 5_000, "abc", "1.5", "%00", "%ED%A0%80", "me%20"]
+BAD_IDS = [
+    "0",
+    "-1",
+    str(2**31),
+    str(2**63),
+    "9" * 5_000,
+    "abc",
+    "1.5",
+    "%00",
+    "%ED%A0%80",
+    "me%20",
+]
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=[b[:20] for b in BAD_IDS])
@@ -798,7 +833,17 @@ def test_ids_out_of_range_are_422(service: Service, bad: str) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["page=0", "page=-1", f"page={2**31}", "size=0", "size=-1", "size=101", "page=x", "is_active=x", "page=%00"],
+    [
+        "page=0",
+        "page=-1",
+        f"page={2**31}",
+        "size=0",
+        "size=-1",
+        "size=101",
+        "page=x",
+        "is_active=x",
+        "page=%00",
+    ],
 )
 def test_bad_pages_are_422(service: Service, query: str) -> None:
     assert sign_in_admin(service).api.get(f"/users?{query}").status_code == 422
@@ -811,7 +856,19 @@ def test_bad_flags_are_422(service: Service, query: str) -> None:
 
 @pytest.mark.parametrize(
     "email",
-    ["Name <a@b.co>", "a" * 290 + "@example.com", "a@b.co, c@d.co", "@b.co", "a@", "a", "", "a\n@b.co", "a b@c.co", None, 1],
+    [
+        "Name <a@b.co>",
+        "a" * 290 + "@example.com",
+        "a@b.co, c@d.co",
+        "@b.co",
+        "a@",
+        "a",
+        "",
+        "a\n@b.co",
+        "a b@c.co",
+        None,
+        1,
+    ],
     ids=str,
 )
 def test_only_one_plain_email_is_taken(service: Service, email: object) -> None:
@@ -857,8 +914,12 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "status"), FIELDS, ids=[f"{f}={str(v)[:25]!r}" for f, v, _ in FIELDS])
-def test_each_field_keeps_its_bounds(service: Service, field: str, value: object, status: int) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "status"), FIELDS, ids=[f"{f}={str(v)[:25]!r}" for f, v, _ in FIELDS]
+)
+def test_each_field_keeps_its_bounds(
+    service: Service, field: str, value: object, status: int
+) -> None:
     person = sign_up(service)
     answer = sign_in_admin(service).api.patch(f"/users/{person.id}", json={field: value})
     assert answer.status_code == status
@@ -877,7 +938,15 @@ def test_names_are_trimmed_and_make_the_full_name(service: Service) -> None:
     assert none["full_name"] == f"user {person.id}"
 
 
-NOT_THEIRS = ["id", "is_superuser", "hashed_password", "author_id", "created_at", "full_name", "sid"]
+NOT_THEIRS = [
+    "id",
+    "is_superuser",
+    "hashed_password",
+    "author_id",
+    "created_at",
+    "full_name",
+    "sid",
+]
 
 
 @pytest.mark.parametrize("field", NOT_THEIRS)
@@ -952,17 +1021,32 @@ def test_closed_registration_leaves_it_to_superusers(start: Callable[..., Servic
 
 @pytest.mark.parametrize(
     "password",
-    ["x" * 73, "\U0001f600" * 25, "\U0001f600" * 64, "Pässwört " * 14, "  spaces count  ", "x" * 128],
+    [
+        "x" * 73,
+        "\U0001f600" * 25,
+        "\U0001f600" * 64,
+        "Pässwört " * 14,
+        "  spaces count  ",
+        "x" * 128,
+    ],
     ids=["73 x", "25 emoji", "64 emoji", "umlauts", "spaces", "128 x"],
 )
 def test_every_character_of_a_password_counts(service: Service, password: str) -> None:
     email = sign_up(service, password=password).email
-    for wrong in (password[:-1], password + "x", password[:-1] + "y", password.swapcase(), password.strip()):
+    for wrong in (
+        password[:-1],
+        password + "x",
+        password[:-1] + "y",
+        password.swapcase(),
+        password.strip(),
+    ):
         if wrong != password:
             assert log_in(service, email, wrong).json()["error_code"] == "INVALID_CREDENTIALS"
 
 
-@pytest.mark.parametrize("password", ["x" * 7, "x" * 129, "password", "12345678", "QwertyUIOP", "nul\u0000nul\u0000nul"])
+@pytest.mark.parametrize(
+    "password", ["x" * 7, "x" * 129, "password", "12345678", "QwertyUIOP", "nul\u0000nul\u0000nul"]
+)
 def test_weak_and_endless_passwords_are_refused(service: Service, password: str) -> None:
     person, admin = sign_up(service), sign_in_admin(service)
     assert register(service, password=password).status_code == 422
@@ -1024,7 +1108,9 @@ def test_a_refused_login_does_not_tell_why(service: Service) -> None:
         assert body["error_code"] == "INVALID_CREDENTIALS"
 
 
-def test_a_refused_login_takes_the_same_time_whatever_the_reason(start: Callable[..., Service]) -> None:
+def test_a_refused_login_takes_the_same_time_whatever_the_reason(
+    start: Callable[..., Service],
+) -> None:
     service = start(BCRYPT_ROUNDS="10")
     known, gone = sign_up(service), sign_up(service)
     sign_in_admin(service).api.patch(f"/users/{gone.id}", json={"is_active": False})
@@ -1071,18 +1157,33 @@ def forgeries(person: Account) -> dict[str, tuple[str, ...]]:
     claims = jwt.get_unverified_claims(person.tokens["access_token"])
     access, other_key = person.tokens["access_token"], "another key, which is long enough too"
     header, payload, _ = access.split(".")
-    algorithms: list[object] = ["none", "None", "NONE", "nOnE", "", "HS384", "RS256", ["HS256"], "HS", None]
+    algorithms: list[object] = [
+        "none",
+        "None",
+        "NONE",
+        "nOnE",
+        "",
+        "HS384",
+        "RS256",
+        ["HS256"],
+        "HS",
+        None,
+    ]
     forged = {
         f"alg {alg!r}": (raw_token({"typ": "JWT", "alg": alg}, claims),) for alg in algorithms
     } | {
-        f"alg {alg!r} without a signature": (raw_token({"typ": "JWT", "alg": alg}, claims, signature=b""),)
+        f"alg {alg!r} without a signature": (
+            raw_token({"typ": "JWT", "alg": alg}, claims, signature=b""),
+        )
         for alg in algorithms
     }
     deep = base64.urlsafe_b64encode(b"[" * 5_000).decode()
     return forged | {
         "signature stripped": (f"{header}.{payload}.", f"{header}.{payload}"),
         "another key": (forge(person, key=other_key),),
-        "another payload": (f"{header}.{raw_token({}, claims | {'sub': '1'}).split('.')[1]}.{access[-43:]}",),
+        "another payload": (
+            f"{header}.{raw_token({}, claims | {'sub': '1'}).split('.')[1]}.{access[-43:]}",
+        ),
         "5,000 [": (deep, f"{deep}.{deep}.{access[-43:]}", f"{header}.{deep}.{access[-43:]}"),
         "60 KB": ("a" * 60_000, f"{header}.{'a' * 60_000}.{access[-43:]}"),
         "a claim missing": tuple(forge(person, drop=name) for name in claims),
@@ -1091,13 +1192,26 @@ def forgeries(person: Account) -> dict[str, tuple[str, ...]]:
             for exp in (None, "soon", [], {}, True, 1e400, float("nan"), -1)
         ),
         "expired": (forge(person, exp=int(time.time()) - 1),),
-        "sub of a strange kind": tuple(forge(person, sub=sub) for sub in ("0", "01", "x", "9" * 30)),
-        "sid of a strange kind": tuple(forge(person, sid=sid) for sid in ("", "x", "\u0000", "a" * 32)),
+        "sub of a strange kind": tuple(
+            forge(person, sub=sub) for sub in ("0", "01", "x", "9" * 30)
+        ),
+        "sid of a strange kind": tuple(
+            forge(person, sid=sid) for sid in ("", "x", "\u0000", "a" * 32)
+        ),
         "sub of a strange type": (raw_token({"alg": "HS256"}, claims | {"sub": 1}),),
-        "claims that are no object": (raw_token({"alg": "HS256"}, [1]), raw_token({"alg": "HS256"}, b"[" * 2_000)),
+        "claims that are no object": (
+            raw_token({"alg": "HS256"}, [1]),
+            raw_token({"alg": "HS256"}, b"[" * 2_000),
+        ),
         "a refresh token": (person.tokens["refresh_token"], forge(person, type="refresh")),
         "another type": (forge(person, type="ACCESS"), forge(person, type=["access"])),
-        "junk behind it": (access + "A", access + "=", access + ".A", access + "\u00e9", access + " x"),
+        "junk behind it": (
+            access + "A",
+            access + "=",
+            access + ".A",
+            access + "\u00e9",
+            access + " x",
+        ),
         "nothing": (".", ".."),
     }
 
@@ -1108,7 +1222,9 @@ def test_no_forged_token_is_taken(service: Service) -> None:
         for token in tokens:
             headers = {"Authorization": b"Bearer " + token.encode("latin-1")}
             answer = service.client.get("/users/me", headers=headers)
-            assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN"), wrong
+            assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN"), (
+                wrong
+            )
     assert person.api.get("/users/me").status_code == 200
 
 
@@ -1157,7 +1273,9 @@ def test_who_asks_again_within_ten_seconds_gets_the_same_refresh_token(service: 
     first, again = (refresh(service, person.tokens["refresh_token"]).json() for _ in range(2))
     assert again["refresh_token"] == first["refresh_token"]
     assert again["access_token"] != first["access_token"]
-    service.sql(f"UPDATE session SET rotated_at = {service.ago(seconds=9)} WHERE user_id = {person.id}")
+    service.sql(
+        f"UPDATE session SET rotated_at = {service.ago(seconds=9)} WHERE user_id = {person.id}"
+    )
     assert refresh(service, person.tokens["refresh_token"]).status_code == 200
 
 
@@ -1204,7 +1322,9 @@ def test_logout_ends_this_session_or_all(service: Service) -> None:
     assert far.api.get("/users/me").status_code == 401
 
 
-def test_expired_sessions_go_at_the_next_login_and_at_the_start(start: Callable[..., Service]) -> None:
+def test_expired_sessions_go_at_the_next_login_and_at_the_start(
+    start: Callable[..., Service],
+) -> None:
     service = start()
     one, other = sign_up(service), sign_up(service)
     expire = f"UPDATE session SET expires_at = {service.ago(seconds=1)} WHERE user_id IN"
@@ -1229,8 +1349,12 @@ def test_old_tokens_are_refused_on_the_very_next_request(service: Service) -> No
     admin.api.delete(f"/users/{deleted.id}")
     for gone in (deactivated, deleted):
         for junk in ("", "A"):
-            assert service.as_(gone.tokens["access_token"] + junk).get("/users/me").status_code == 401
-        assert refresh(service, gone.tokens["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
+            assert (
+                service.as_(gone.tokens["access_token"] + junk).get("/users/me").status_code == 401
+            )
+        assert (
+            refresh(service, gone.tokens["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
+        )
     admin.api.patch(f"/users/{deactivated.id}", json={"is_active": True})
     assert deactivated.api.get("/users/me").status_code == 401
     assert log_in(service, deactivated.email).status_code == 200
@@ -1265,10 +1389,13 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
     (shown,) = re.findall(r"```nginx\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     app, front = free_port(), free_port()
     shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
-    shown = shown.replace("app:3000", f"127.0.0.1:{app}").replace("listen 80", f"listen 127.0.0.1:{front}")
+    shown = shown.replace("app:3000", f"127.0.0.1:{app}").replace(
+        "listen 80", f"listen 127.0.0.1:{front}"
+    )
     guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 '$http_remote_user $http_remote_groups $http_remote_email'; }} }}"
     folders = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {tmp_path}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     config = tmp_path / "nginx.conf"
     config.write_text(
@@ -1304,7 +1431,16 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
 
 
 PUBLIC = {"id", "full_name", "bio", "avatar_url", "created_at"}
-WHOLE = PUBLIC | {"email", "first_name", "last_name", "age", "role", "is_superuser", "is_active", "updated_at"}
+WHOLE = PUBLIC | {
+    "email",
+    "first_name",
+    "last_name",
+    "age",
+    "role",
+    "is_superuser",
+    "is_active",
+    "updated_at",
+}
 
 # Who gets what: anonymous, another user, the owner, a superuser.
 TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
@@ -1332,7 +1468,11 @@ TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body", "expected"), TABLE, ids=[f"{r[0]} {r[1]} {r[2] or ''}" for r in TABLE])
+@pytest.mark.parametrize(
+    ("method", "path", "body", "expected"),
+    TABLE,
+    ids=[f"{r[0]} {r[1]} {r[2] or ''}" for r in TABLE],
+)
 def test_who_may_do_what(
     service: Service, method: str, path: str, body: Any, expected: tuple[int, ...]
 ) -> None:
@@ -1345,8 +1485,16 @@ def test_who_may_do_what(
 
 def test_every_route_stands_in_that_table(service: Service) -> None:
     paths = service.client.get(f"{service.address}/openapi.json").json()["paths"]
-    open_to_all = {"/", "/health", "/api/v1/auth/register", "/api/v1/auth/login", "/api/v1/auth/refresh"}
-    routes = {(m.upper(), p) for p, methods in paths.items() if p not in open_to_all for m in methods}
+    open_to_all = {
+        "/",
+        "/health",
+        "/api/v1/auth/register",
+        "/api/v1/auth/login",
+        "/api/v1/auth/refresh",
+    }
+    routes = {
+        (m.upper(), p) for p, methods in paths.items() if p not in open_to_all for m in methods
+    }
     there = {(row[0], "/api/v1" + row[1].partition("?")[0]) for row in TABLE}
     assert routes <= there
 
@@ -1358,7 +1506,9 @@ def test_others_see_what_is_public_and_superusers_the_whole(service: Service) ->
     assert admin.api.get(f"/users/{owner.id}").json() == owner.api.get("/users/me").json()
     last = {"page": other.api.get("/users?size=1").json()["pages"], "size": 1}
     (seen,) = other.api.get("/users", params=last).json()["items"]
-    assert seen == {name: value for name, value in other.api.get("/users/me").json().items() if name in PUBLIC}
+    assert seen == {
+        name: value for name, value in other.api.get("/users/me").json().items() if name in PUBLIC
+    }
     (seen,) = admin.api.get("/users", params=last).json()["items"]
     assert seen == other.api.get("/users/me").json()
 
@@ -1390,16 +1540,26 @@ def test_only_the_fields_sent_change(service: Service) -> None:
 
 
 @pytest.mark.parametrize("change", [{"email": "taken"}, {"password": "a new password"}])
-def test_own_email_and_password_need_the_current_one(service: Service, change: dict[str, str]) -> None:
+def test_own_email_and_password_need_the_current_one(
+    service: Service, change: dict[str, str]
+) -> None:
     person = sign_up(service)
     if "email" in change:
         change = {"email": new_email()}
     for current in ({}, {"current_password": "wrong password"}, {"current_password": ""}):
         refused = person.api.patch("/users/me", json=change | current)
-        assert (refused.status_code, refused.json()["error_code"]) == (403, "INSUFFICIENT_PERMISSIONS")
+        assert (refused.status_code, refused.json()["error_code"]) == (
+            403,
+            "INSUFFICIENT_PERMISSIONS",
+        )
     done = person.api.patch("/users/me", json=change | {"current_password": PASSWORD})
     assert done.status_code == 200
-    assert log_in(service, change.get("email", person.email), change.get("password", PASSWORD)).status_code == 200
+    assert (
+        log_in(
+            service, change.get("email", person.email), change.get("password", PASSWORD)
+        ).status_code
+        == 200
+    )
     assert log_in(service, person.email, PASSWORD).status_code == 401
 
 
@@ -1469,10 +1629,17 @@ def test_a_welcome_mail_is_sent(service: Service, mail_server: MailServer) -> No
     assert "Hello Ann," in mail.get_content()
 
 
-def test_superusers_choose_whether_a_welcome_is_sent(service: Service, mail_server: MailServer) -> None:
+def test_superusers_choose_whether_a_welcome_is_sent(
+    service: Service, mail_server: MailServer
+) -> None:
     admin, silent, greeted = sign_in_admin(service), new_email(), new_email()
     for email, query in ((silent, ""), (greeted, "?send_welcome=true")):
-        assert admin.api.post(f"/users{query}", json={"email": email, "password": PASSWORD}).status_code == 201
+        assert (
+            admin.api.post(
+                f"/users{query}", json={"email": email, "password": PASSWORD}
+            ).status_code
+            == 201
+        )
     eventually(lambda: mail_server.mails_to(greeted))
     assert not mail_server.mails_to(silent)
 
@@ -1489,7 +1656,9 @@ def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         port = deaf.getsockname()[1] if failure == "silent" else free_port()
-        service = start(SMTP_URL=f"smtp://user:hunter2@127.0.0.1:{port}", MAIL_FROM="us@example.com")
+        service = start(
+            SMTP_URL=f"smtp://user:hunter2@127.0.0.1:{port}", MAIL_FROM="us@example.com"
+        )
         began = time.monotonic()
         email = register(service).json()["email"]
         assert time.monotonic() - began < 2
@@ -1540,7 +1709,9 @@ def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., S
     service = start()
     sign_up(service)
     limits = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (service.log.stat().st_size + 9_000, limits[1]))
+    resource.prlimit(
+        service.process.pid, resource.RLIMIT_FSIZE, (service.log.stat().st_size + 9_000, limits[1])
+    )
     email = new_email()
     assert register(service, email=email).status_code == 503
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, limits)
@@ -1549,10 +1720,14 @@ def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., S
     assert service.sql("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_locked_database_is_503_for_writers_and_open_to_readers(start: Callable[..., Service]) -> None:
+def test_a_locked_database_is_503_for_writers_and_open_to_readers(
+    start: Callable[..., Service],
+) -> None:
     service = start()
     person = sign_up(service)
-    with contextlib.closing(sqlite3.connect(service.folder / "app.db", isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(service.folder / "app.db", isolation_level=None)
+    ) as other:
         other.execute("BEGIN EXCLUSIVE")
         with ThreadPoolExecutor(1) as pool:
             write = pool.submit(person.api.patch, "/users/me", json={"bio": "x"})
@@ -1600,7 +1775,9 @@ def test_nothing_secret_and_no_email_is_in_the_log(service: Service) -> None:
 
 
 def stored_names(node: ast.AST) -> set[str]:
-    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names = {
+        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
     return names | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 
@@ -1608,7 +1785,11 @@ def early_names(node: ast.AST, defined: dict[str, int], local: set[str]) -> Iter
     """Names read above the line that defines them, where no name of the function hides them."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
         local = local | stored_names(node)
-    if isinstance(node, ast.Name) and node.id not in local and node.lineno < defined.get(node.id, 0):
+    if (
+        isinstance(node, ast.Name)
+        and node.id not in local
+        and node.lineno < defined.get(node.id, 0)
+    ):
         yield f"{node.id} in line {node.lineno}"
     for child in ast.iter_child_nodes(node):
         yield from early_names(child, defined, local)
@@ -1652,11 +1833,17 @@ def test_alembic_finds_nothing_to_do(service: Service) -> None:
 
 def test_openapi_describes_answers_and_errors(service: Service) -> None:
     page = service.client.get(f"{service.address}/openapi.json").json()
-    assert page["components"]["schemas"]["Problem"]["required"] == ["detail", "error_code", "request_id"]
+    assert page["components"]["schemas"]["Problem"]["required"] == [
+        "detail",
+        "error_code",
+        "request_id",
+    ]
     for path, methods in page["paths"].items():
         for method, route in methods.items():
             assert route["summary"], (path, method)
-            errors = {code: route["responses"][code] for code in route["responses"] if code >= "400"}
+            errors = {
+                code: route["responses"][code] for code in route["responses"] if code >= "400"
+            }
             assert errors.keys() >= {"400", "413", "422", "500", "503"}
             for error in errors.values():
                 assert error["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
