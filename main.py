@@ -5,13 +5,13 @@ Read it from top to bottom: nothing is used above the line that defines it.
     Settings      what the environment may say, read once
     Errors        one shape for every refusal
     Tables        what is stored, what comes in, what goes out
-    Database      many readers, one writer, tables made at the start
+    Database      many readers, one writer
     Security      passwords, the signing key, tokens
     Mail          sent in the background
     Dependencies  who is asking, and may they?
-    Routes        accounts and tokens, users
-    Pages         health and docs
-    Assembly      what every request passes through, and the server
+    Routes        accounts and tokens, users, health and docs
+    Front door    what every request passes
+    Assembly      the parts put together, and the server
 """
 
 import asyncio
@@ -38,7 +38,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote, urlsplit
-from uuid import uuid4
 
 import bcrypt
 import uvicorn
@@ -75,19 +74,13 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def random_id() -> str:
-    return uuid4().hex
-
-
 # --- Settings -------------------------------------------------------------------------------------
 # All that the service may be told, read once from the environment or `.env`; nothing below looks
 # there again. A wrong value ends the start with one line: the name, the value, the rule.
 
 TEXT = r"^[^\x00]*$"
-ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
-    00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine princess
-    football trustno1""".split()
+    00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1"""
 
 
 def plain_email(address: str) -> str:
@@ -99,21 +92,17 @@ def plain_email(address: str) -> str:
 
 
 def uncommon(password: str) -> str:
-    if password.lower() in COMMON_PASSWORDS:
+    if password.lower() in COMMON_PASSWORDS.split():
         raise ValueError("is among the passwords that are guessed first")
     return password
 
 
-Email = Annotated[
-    str, Field(max_length=254, schema_extra={"format": "email"}), AfterValidator(plain_email)
-]
-Password = Annotated[
-    str, StringConstraints(min_length=8, max_length=128, pattern=TEXT), AfterValidator(uncommon)
-]
-MailServer = Annotated[
-    str, StringConstraints(pattern=r"^smtps?://([^@/\s]*@)?[^@:/\s]+(:\d{1,5})?$")
-]
+Address = Field(max_length=254, schema_extra={"format": "email"})
+Email = Annotated[str, Address, AfterValidator(plain_email)]
+Secret = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
+Password = Annotated[str, Secret, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
+SmtpUrl = StringConstraints(pattern=r"^smtps?://([^@/\s]*@)?[^@:/\s]+(:\d{1,5})?$")
 
 
 class Settings(BaseSettings):
@@ -135,7 +124,7 @@ class Settings(BaseSettings):
     first_superuser_password: Password | None = None
     registration: Literal["open", "closed"] = "open"
     cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
-    smtp_url: MailServer | None = None
+    smtp_url: Annotated[str, SmtpUrl] | None = None
     mail_from: Email | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
 
@@ -147,24 +136,27 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def known_database(cls, value: str) -> str:
-        if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", value):
-            raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
         if ":memory:" in value:
             raise ValueError("every connection would have a :memory: of its own; name a file")
+        if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", value):
+            raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
         return make_url(value).render_as_string(hide_password=False)
 
     @model_validator(mode="after")
     def fit_together(self) -> "Settings":
-        production = self.environment == "production"
-        if self.secret_key is None and (production or self.sqlite_file is None):
+        if self.secret_key is None and (self.production or self.sqlite_file is None):
             raise ValueError("SECRET_KEY: must be set in production and with PostgreSQL")
-        if self.secret_key is not None and len(self.secret_key.encode()) < 32:
+        if self.secret_key and len(self.secret_key.encode()) < 32:
             raise ValueError("SECRET_KEY: must have at least 32 bytes")
-        if production and "*" in self.cors_origins:
+        if self.production and "*" in self.cors_origins:
             raise ValueError("CORS_ORIGINS='*': is refused in production")
         if (self.first_superuser_email is None) != (self.first_superuser_password is None):
             raise ValueError("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
         return self
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
 
     @property
     def sqlite_file(self) -> str | None:
@@ -180,9 +172,8 @@ def read_settings() -> Settings:
         line = problem["msg"].removeprefix("Value error, ")
         if problem["loc"]:
             name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
-            if name.endswith("_URL"):  # it may hold a password: only the scheme is shown
-                value = value.partition(":")[0] + ":…'"
-            line = f"{name}: {line}" if name.endswith("_PASSWORD") else f"{name}={value}: {line}"
+            shown = value.partition(":")[0] + ":…'" if name.endswith("_URL") else value
+            line = f"{name}: {line}" if name.endswith("_PASSWORD") else f"{name}={shown}: {line}"
         print(line, file=sys.stderr)
         raise SystemExit(3) from None  # to uvicorn 3 means: do not start this worker again
 
@@ -228,23 +219,14 @@ class Problem(BaseModel):
     request_id: str
 
 
-def refuses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What /docs says of errors."""
-    return {s: {"model": Problem, "description": HTTPStatus(s).phrase} for s in statuses}
-
-
-def allowed_methods(request: Request) -> list[str]:
-    """All methods of the path; of itself FastAPI names those of one route."""
-    asked, routes = dict(request.scope), request.app.routes
-    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-    return [m for m in methods if any(r.matches(asked | {"method": m})[0] is Match.FULL for r in routes)]
-
-
 async def on_refusal(request: Request, error: Any) -> Response:
     """Our own refusals, and those of Starlette and FastAPI: 400, 404, 405."""
     code, headers = getattr(error, "code", HTTPStatus(error.status_code).name), error.headers
-    if code == "METHOD_NOT_ALLOWED":
-        headers = {"Allow": ", ".join(allowed_methods(request))}
+    if error.status_code == 405:  # FastAPI names the methods of one route, not all of the path
+        asked = [{**request.scope, "method": m} for m in ("GET", "POST", "PUT", "PATCH", "DELETE")]
+        pairs = [(scope, route) for scope in asked for route in request.app.routes]
+        found = [s["method"] for s, route in pairs if route.matches(s)[0] is Match.FULL]
+        headers = {"Allow": ", ".join(found)}
     body = {"detail": error.detail, "error_code": code, "request_id": request.state.request_id}
     # json.dumps writes ASCII: even half of a surrogate pair in the name of a field gets out.
     return Response(json.dumps(body), error.status_code, headers, "application/json")
@@ -253,14 +235,14 @@ async def on_refusal(request: Request, error: Any) -> Response:
 async def on_invalid_input(request: Request, error: Any) -> Response:
     """What is wrong and where, never the value: it may be a password."""
     fields = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
-    if fields[0]["type"] == "json_invalid":
-        return await on_refusal(request, Refusal("BAD_REQUEST"))
-    return await on_refusal(request, Refusal("VALIDATION_ERROR", fields))
+    unreadable = fields[0]["type"] == "json_invalid"
+    refusal = Refusal("BAD_REQUEST") if unreadable else Refusal("VALIDATION_ERROR", fields)
+    return await on_refusal(request, refusal)
 
 
 async def on_database_error(request: Request, error: Any) -> Response:
     """The database keeps the rules, so that no check can race; here its refusals get names.
-    All else is a lock or connection that did not come in time, a full disk, a server that is gone."""
+    All else is a lock or connection that came too late, a full disk, a server that is gone."""
     if isinstance(error, IntegrityError):
         code = "EMAIL_TAKEN" if "email" in str(error.orig) else "CONFLICT"
         return await on_refusal(request, Refusal(code))
@@ -272,7 +254,7 @@ async def on_database_error(request: Request, error: Any) -> Response:
 # A table inherits what people say of themselves and adds what only we know; Create and Update say
 # what may come in, Public and Read what goes out. Each constraint is written once, as a named type.
 
-OneLine = StringConstraints(strip_whitespace=True, pattern=ONE_LINE)
+OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
 WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
 Name = Annotated[str | None, Field(max_length=100), OneLine]
 Age = Annotated[int | None, Field(ge=1, le=149)]
@@ -364,9 +346,9 @@ class LoginSession(SQLModel, table=True):
 
     __tablename__ = "session"
 
-    id: str = Field(default_factory=random_id, primary_key=True)
+    id: str = Field(default_factory=secrets.token_urlsafe, primary_key=True)
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
-    refresh_jti: str = Field(default_factory=random_id)
+    refresh_jti: str = Field(default_factory=secrets.token_urlsafe)
     previous_jti: str | None = None
     rotated_at: datetime = Field(default_factory=now)
     expires_at: datetime
@@ -376,7 +358,7 @@ class LoginSession(SQLModel, table=True):
 class Tokens(BaseModel):
     access_token: str
     refresh_token: str
-    token_type: Literal["bearer"] = "bearer"
+    token_type: Literal["bearer"] = "bearer"  # noqa: S105
     expires_in: int
 
 
@@ -455,17 +437,6 @@ ReadDB = Annotated[AsyncSession, Depends(read_db, scope="function")]
 WriteDB = Annotated[AsyncSession, Depends(write_db, scope="function")]
 
 
-def make_tables(connection: Connection) -> None:
-    """New tables for a new database; an old one that lacks a column is left as it is."""
-    database = inspect(connection)
-    for table in SQLModel.metadata.sorted_tables:
-        if database.has_table(table.name):
-            there = {column["name"] for column in database.get_columns(table.name)}
-            for missing in set(table.columns.keys()) - there:
-                raise NoSuchColumnError(f"its table {table.name} has no column {missing}")
-    SQLModel.metadata.create_all(connection)
-
-
 # --- Security -------------------------------------------------------------------------------------
 # Passwords become bcrypt hashes, in threads and never while a connection is held: one takes 0.2 s.
 # A token names its session, and is worth something only while the row of that session exists.
@@ -484,13 +455,13 @@ async def in_thread(work: Callable[..., Any], *values: bytes) -> Any:
 
 
 def digest(password: str) -> bytes:
-    """bcrypt looks at 72 bytes and stops at a NUL; of this, every character of the password counts."""
+    """Every character counts, while bcrypt alone looks at 72 bytes and stops at a NUL."""
     return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
 
 async def hash_password(password: str) -> str:
-    hashed = await in_thread(bcrypt.hashpw, digest(password), bcrypt.gensalt(settings.bcrypt_rounds))
-    return str(hashed, "ascii")
+    salt = bcrypt.gensalt(settings.bcrypt_rounds)
+    return str(await in_thread(bcrypt.hashpw, digest(password), salt), "ascii")
 
 
 async def password_fits(password: str, user: User | None) -> bool:
@@ -501,12 +472,12 @@ async def password_fits(password: str, user: User | None) -> bool:
 
 @cache
 def signing_key() -> Any:
-    """SECRET_KEY, or the key beside the database. It is linked into place, so the first one wins."""
+    """SECRET_KEY, or the key beside the database: linked into place, so that the first one wins."""
     secret = settings.secret_key
     if secret is None:
         kept = Path(f"{settings.sqlite_file}.key")
         if not kept.exists():
-            aside = kept.with_name(f"{kept.name}.{random_id()}")
+            aside = kept.with_name(f"{kept.name}.{secrets.token_hex(8)}")
             with open(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(48))
             with suppress(FileExistsError):
@@ -522,7 +493,7 @@ class Claims(BaseModel):
     """What every token must say."""
 
     sub: str
-    sid: Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
+    sid: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43}$")]
     jti: str
     type: Literal["access", "refresh"]
     iat: int
@@ -534,15 +505,15 @@ def sign(session: LoginSession, type: str, jti: str, issued: datetime, expires: 
     return str(jwt.encode(claims | {"iat": issued, "exp": expires}, signing_key(), "HS256"))
 
 
-def issue(session: LoginSession) -> Tokens:
+def issue(session: LoginSession, response: Response) -> Tokens:
     """The refresh token follows from the row alone: whoever asks again in time gets the same."""
-    issued, end = now(), session.expires_at
-    expires = min(end, issued + timedelta(minutes=settings.access_token_expire_minutes))
-    return Tokens(
-        access_token=sign(session, "access", random_id(), issued, expires),
-        refresh_token=sign(session, "refresh", session.refresh_jti, session.rotated_at, end),
-        expires_in=int((expires - issued).total_seconds()),
-    )
+    response.headers["Cache-Control"] = "no-store"
+    issued, end, lifetime = now(), session.expires_at, settings.access_token_expire_minutes
+    expires = min(end, issued + timedelta(minutes=lifetime))
+    access = sign(session, "access", secrets.token_urlsafe(), issued, expires)
+    renew = sign(session, "refresh", session.refresh_jti, session.rotated_at, end)
+    seconds = int((expires - issued).total_seconds())
+    return Tokens(access_token=access, refresh_token=renew, expires_in=seconds)
 
 
 def read_token(token: str, type: str) -> Claims:
@@ -558,7 +529,7 @@ def read_token(token: str, type: str) -> Claims:
 
 
 # --- Mail -----------------------------------------------------------------------------------------
-# Sent after the answer, from a thread. What cannot be sent is a line in the log, and not tried again.
+# Sent after the answer, from a thread. What cannot be sent is a line in the log, and not retried.
 
 postmen = CapacityLimiter(8)
 
@@ -578,10 +549,10 @@ def deliver(mail: EmailMessage) -> None:
 
 
 async def send_mail(to: str, subject: str, body: str) -> None:
-    if settings.smtp_url is None and settings.environment == "production":
+    if settings.smtp_url is None and settings.production:
         return log.warning("mail not sent: SMTP_URL is not set")
-    mail = EmailMessage()
-    mail["From"], mail["To"], mail["Subject"] = settings.mail_from or "nutshell@localhost", to, subject
+    mail, sender = EmailMessage(), settings.mail_from or "nutshell@localhost"
+    mail["From"], mail["To"], mail["Subject"] = sender, to, subject
     mail.set_content(body)
     if settings.smtp_url is None:
         return print(mail)
@@ -666,39 +637,33 @@ async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
 # replaces it. Who comes within 10 s with the one just replaced is given the same new token.
 
 
-async def no_store(response: Response) -> None:
-    response.headers["Cache-Control"] = "no-store"
+auth = APIRouter(tags=["auth"])
 
 
-auth = APIRouter(
-    prefix="/auth", tags=["auth"], dependencies=[Depends(no_store)], responses=refuses(401)
-)
-
-
-async def add_user(db: AsyncSession, body: UserCreate) -> User:
+async def add_user(db: AsyncSession, body: UserCreate, tasks: BackgroundTasks | None) -> User:
+    """With `tasks` a mail follows the answer."""
     hashed = await hash_password(body.password)
     user = User.model_validate(body, update={"hashed_password": hashed})
     db.add(user)
     await db.commit()
+    if tasks is not None:
+        text = f"Hello {user.full_name},\n\nyour account is ready.\n"
+        tasks.add_task(send_mail, user.email, "Welcome", text)
     return user
 
 
-async def welcome(user: User) -> None:
-    await send_mail(user.email, "Welcome", f"Hello {user.full_name},\n\nyour account is ready.\n")
-
-
-@auth.post("/register", status_code=201, response_model=UserRead, responses=refuses(403, 409))
-async def register(body: UserCreate, db: WriteDB, background: BackgroundTasks) -> User:
+@auth.post("/register", status_code=201, response_model=UserRead)
+async def register(body: UserCreate, db: WriteDB, tasks: BackgroundTasks) -> User:
     """Make yourself an account."""
     if settings.registration == "closed":
         raise Refusal("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
-    user = await add_user(db, body)
-    background.add_task(welcome, user)
-    return user
+    return await add_user(db, body, tasks)
 
 
 @auth.post("/login")
-async def login(form: Annotated[OAuth2PasswordRequestForm, Depends()], db: WriteDB) -> Tokens:
+async def login(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()], db: WriteDB, response: Response
+) -> Tokens:
     """Trade an email, sent as `username`, and a password for tokens."""
     email = ""
     with suppress(ValueError):
@@ -716,13 +681,14 @@ async def login(form: Annotated[OAuth2PasswordRequestForm, Depends()], db: Write
     session = LoginSession.model_validate({"user_id": user.id, "expires_at": expires_at})
     db.add(session)
     await db.commit()
-    return issue(session)
+    return issue(session, response)
 
 
 @auth.post("/refresh")
 async def refresh(
     refresh_token: Annotated[str, Form()],
     db: WriteDB,
+    response: Response,
     grant_type: Annotated[Literal["refresh_token"] | None, Form()] = None,
 ) -> Tokens:
     """Trade a refresh token for new tokens. One that is too old ends the session: it was stolen."""
@@ -730,7 +696,7 @@ async def refresh(
     replaced = await db.exec(
         update(LoginSession)
         .where(col(LoginSession.id) == claims.sid, col(LoginSession.refresh_jti) == claims.jti)
-        .values(refresh_jti=random_id(), previous_jti=claims.jti, rotated_at=moment)
+        .values(refresh_jti=secrets.token_urlsafe(), previous_jti=claims.jti, rotated_at=moment)
     )
     session = await db.get(LoginSession, claims.sid)
     if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
@@ -741,18 +707,18 @@ async def refresh(
         await db.commit()
         raise Refusal("TOKEN_REUSED")
     await db.commit()
-    return issue(session)
+    return issue(session, response)
 
 
 @auth.post("/logout", status_code=204)
 async def logout(session: CurrentSession, db: WriteDB, everywhere: bool = False) -> None:
     """End this session, or all of your sessions."""
-    this, all_mine = col(LoginSession.id) == session.id, col(LoginSession.user_id) == session.user_id
-    await db.exec(delete(LoginSession).where(all_mine if everywhere else this))
+    mine, this = col(LoginSession.user_id) == session.user_id, col(LoginSession.id) == session.id
+    await db.exec(delete(LoginSession).where(mine if everywhere else this))
     await db.commit()
 
 
-@auth.get("/verify", response_class=Response, responses=refuses(403))
+@auth.get("/verify", response_class=Response)
 async def verify(me: CurrentUser, role: Role | None = None) -> Response:
     """For a proxy that guards another app: who is this, and do they have that role?"""
     if role not in (None, me.role):
@@ -764,24 +730,28 @@ async def verify(me: CurrentUser, role: Role | None = None) -> Response:
 
 # --- Routes: users --------------------------------------------------------------------------------
 
-users = APIRouter(prefix="/users", tags=["users"], responses=refuses(401, 403, 404, 409))
+users = APIRouter(tags=["users"])
 
 
-async def page_of(db: AsyncSession, rows: Any, query: PageQuery, kind: type[Page[Item]]) -> Page[Item]:
+async def page_of(
+    db: AsyncSession, rows: Any, asked: PageQuery, kind: type[Page[Item]]
+) -> Page[Item]:
     """One page of all rows, each row as the kind of page shows it."""
     total = (await db.exec(select(func.count()).select_from(rows.order_by(None).subquery()))).one()
-    items = (await db.exec(rows.offset((query.page - 1) * query.size).limit(query.size))).all()
-    page = {"items": items, "total": total, "page": query.page, "size": query.size}
-    return kind.model_validate(page | {"pages": -(-total // query.size)})
+    items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
+    page = {"items": items, "total": total, "pages": -(-total // asked.size)}
+    return kind.model_validate(page | {"page": asked.page, "size": asked.size})
 
 
 @users.get("", response_model=Page[UserRead] | Page[UserPublic])
-async def list_users(query: Annotated[UserQuery, Query()], me: CurrentUser, db: ReadDB) -> Page[Any]:
+async def list_users(
+    asked: Annotated[UserQuery, Query()], me: CurrentUser, db: ReadDB
+) -> Page[Any]:
     """Everybody, by id; superusers see the whole of each."""
     rows = select(User).order_by(col(User.id))
-    if query.is_active is not None:
-        rows = rows.where(User.is_active == query.is_active)
-    return await page_of(db, rows, query, Page[UserRead] if me.is_superuser else Page[UserPublic])
+    if asked.is_active is not None:
+        rows = rows.where(User.is_active == asked.is_active)
+    return await page_of(db, rows, asked, Page[UserRead] if me.is_superuser else Page[UserPublic])
 
 
 @users.post("", status_code=201, response_model=UserRead)
@@ -789,14 +759,11 @@ async def create_user(
     body: UserCreateByAdmin,
     me: Superuser,
     db: WriteDB,
-    background: BackgroundTasks,
+    tasks: BackgroundTasks,
     send_welcome: bool = False,
 ) -> User:
     """Make an account for somebody."""
-    user = await add_user(db, body)
-    if send_welcome:
-        background.add_task(welcome, user)
-    return user
+    return await add_user(db, body, tasks if send_welcome else None)
 
 
 @users.get("/{user}", response_model=UserRead | UserPublic)
@@ -849,7 +816,7 @@ docs = APIRouter(include_in_schema=False)
 
 
 @pages.head("/health", include_in_schema=False)
-@pages.get("/health", responses=refuses(503))
+@pages.get("/health")
 async def health(db: ReadDB) -> dict[str, str]:
     """Does the database answer within a second, the wait for a connection included?"""
     async with asyncio.timeout(1):
@@ -866,9 +833,11 @@ async def root() -> dict[str, str]:
 @docs.get("/docs")
 async def swagger_ui() -> Response:
     """Its scripts come from a package, so that it works without a network; else from a CDN."""
-    links = {"swagger_js_url": "swagger-ui-bundle.js", "swagger_css_url": "swagger-ui.css"}
-    links = {name: f"/docs/{file}" for name, file in links.items() if find_spec("fastapi_swagger")}
-    return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **links)
+    files: dict[str, Any] = {}
+    if find_spec("fastapi_swagger"):
+        files["swagger_js_url"] = "/docs/swagger-ui-bundle.js"
+        files["swagger_css_url"] = "/docs/swagger-ui.css"
+    return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **files)
 
 
 # --- Front door -----------------------------------------------------------------------------------
@@ -876,46 +845,37 @@ async def swagger_ui() -> Response:
 
 MAX_BODY_BYTES = 1024 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-ALLOWED_HEADERS = ("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID")
-EXPOSED_HEADERS = (
-    *("ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"),
-    *("X-Request-ID", "X-Process-Time", "X-Cache"),
-)
+SENT = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"]
+SHOWN = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "X-Cache"]
+SHOWN += ["X-Process-Time", "X-Request-ID"]
 
 
 class FrontDoor:
     """Names and times every answer. CORS, which is slow, is for those alone who send an Origin."""
 
     def __init__(self, app: ASGIApp) -> None:
+        origins, known = settings.cors_origins, "*" not in settings.cors_origins
         self.app = app
-        self.app_for_browsers = CORSMiddleware(
-            app,
-            allow_origins=settings.cors_origins,
-            allow_credentials="*" not in settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=ALLOWED_HEADERS,
-            expose_headers=EXPOSED_HEADERS,
-        )
+        self.cors = CORSMiddleware(app, origins, ["*"], SENT, known, expose_headers=SHOWN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, headers = perf_counter(), Headers(scope=scope)
         asked = headers.get("x-request-id", "")
-        request_id = asked if REQUEST_ID.fullmatch(asked) else random_id()
+        request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    (b"x-process-time", b"%.4f" % (perf_counter() - started)),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                seconds = b"%.4f" % (perf_counter() - started)
+                ours = {b"x-request-id": request_id.encode(), b"x-process-time": seconds}
+                ours[b"x-content-type-options"] = b"nosniff"
+                message["headers"] = [*message["headers"], *ours.items()]
             await send(message)
 
-        await (self.app_for_browsers if "origin" in headers else self.app)(scope, receive, send_named)
+        app = self.cors if "origin" in headers else self.app
+        await app(scope, receive, send_named)
 
 
 class Guard:
@@ -963,7 +923,8 @@ class JsonLine(logging.Formatter):
     """In production a line of the log is an object, for programs to read."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": now().isoformat(), "level": record.levelname, "message": record.getMessage()}
+        line = {"time": now().isoformat(), "level": record.levelname}
+        line["message"] = record.getMessage()
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -973,7 +934,7 @@ def set_up_logging() -> None:
     """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonLine() if settings.environment == "production" else text)
+    handler.setFormatter(JsonLine() if settings.production else text)
     level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
@@ -981,6 +942,17 @@ def set_up_logging() -> None:
         logging.getLogger(name).propagate = name != "uvicorn.access"
     if settings.log_level == "debug":
         logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+
+
+def make_tables(connection: Connection) -> None:
+    """New tables for a new database; an old one that lacks a column is left as it is."""
+    database = inspect(connection)
+    for table in SQLModel.metadata.sorted_tables:
+        if database.has_table(table.name):
+            there = {column["name"] for column in database.get_columns(table.name)}
+            for missing in set(table.columns.keys()) - there:
+                raise NoSuchColumnError(f"its table {table.name} has no column {missing}")
+    SQLModel.metadata.create_all(connection)
 
 
 async def prepare_database() -> None:
@@ -1015,42 +987,31 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await writer.dispose()
 
 
-development = settings.environment == "development"
 app = FastAPI(
-    title="Nutshell",
-    summary="A complete API service in one file",
-    lifespan=lifespan,
-    docs_url=None,
-    redoc_url="/redoc" if development else None,
-    openapi_url="/openapi.json" if development else None,
-    redirect_slashes=False,
-    responses=refuses(400, 413, 422, 500, 503),
+    title="Nutshell", summary="A complete API service in one file", lifespan=lifespan,
+    docs_url=None, redoc_url=None if settings.production else "/redoc",
+    openapi_url=None if settings.production else "/openapi.json", redirect_slashes=False,
+    responses={code: {"model": Problem, "description": "Refused"} for code in ("4XX", "5XX")},
     middleware=[Middleware(FrontDoor), Middleware(Guard)],
     exception_handlers={
         HTTPException: on_refusal,
         RequestValidationError: on_invalid_input,
         **dict.fromkeys((DBAPIError, PoolTimeoutError, sqlite3.Error, OSError), on_database_error),
     },
-)
-app.include_router(auth, prefix=API)
-app.include_router(users, prefix=API)
+)  # fmt: skip
+app.include_router(auth, prefix=f"{API}/auth")
+app.include_router(users, prefix=f"{API}/users")
 app.include_router(pages)
-if development:
+if not settings.production:
     app.include_router(docs)
     if find_spec("fastapi_swagger"):
         app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
 
 if __name__ == "__main__":
     set_up_logging()
+    proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
-        "__main__:app",
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(settings.forwarded_allow_ips),
-        forwarded_allow_ips=[str(network) for network in settings.forwarded_allow_ips],
-        timeout_graceful_shutdown=5,
-    )
+        "__main__:app", host=settings.host, port=settings.port, workers=settings.workers,
+        proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
+        log_config=None, access_log=False, timeout_graceful_shutdown=5,
+    )  # fmt: skip

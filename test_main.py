@@ -35,7 +35,7 @@ from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from email.parser import BytesParser
 from email.policy import default as email_policy
-from functools import partialmethod
+from functools import partial, partialmethod
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def free_port() -> int:
 
 
 def check_answer(response: httpx.Response) -> None:
-    """What holds for every answer: its headers, the shape of errors, nothing that looks like a hash."""
+    """What holds for every answer: its headers, the shape of errors, no hash in it."""
     body = response.read().decode()
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", response.headers["x-request-id"])
     assert re.fullmatch(r"\d+\.\d{4}", response.headers["x-process-time"])
@@ -103,7 +103,8 @@ class Service:
     def __init__(self, folder: Path, database: str = "sqlite", **settings: str) -> None:
         self.folder, self.database, self.port = folder, database, free_port()
         self.address = f"http://127.0.0.1:{self.port}"
-        self.log, self.admin = folder / "log", None
+        self.log = folder / "log"
+        self.admin: Account | None = None
         usual = {
             "PORT": str(self.port),
             "SECRET_KEY": KEY,
@@ -125,7 +126,7 @@ class Service:
         }
 
     def start(self) -> None:
-        command = [sys.executable, HERE / "main.py"]
+        command = [sys.executable, str(HERE / "main.py")]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log
@@ -283,7 +284,7 @@ numbers = count(1)
 class Account:
     """Somebody who is signed in."""
 
-    service: "Service"
+    service: Service
     id: int
     email: str
     tokens: dict[str, Any]
@@ -353,7 +354,7 @@ def eventually(what: Callable[[], Any], seconds: float = 5) -> Any:
 def forge(account: Account, drop: str | None = None, key: str = KEY, **changes: Any) -> str:
     """A token as the service makes them, but for the changes."""
     claims = jwt.get_unverified_claims(account.tokens["access_token"]) | changes
-    return jwt.encode({k: v for k, v in claims.items() if k != drop}, key, "HS256")
+    return str(jwt.encode({k: v for k, v in claims.items() if k != drop}, key, "HS256"))
 
 
 def raw_token(
@@ -377,7 +378,7 @@ def run_main(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """Starts a server that should not start."""
     ours = {name.upper() for name in settings_class().model_fields}
     environment = {k: v for k, v in os.environ.items() if k not in ours} | settings
-    command = [sys.executable, HERE / "main.py"]
+    command = [sys.executable, str(HERE / "main.py")]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=20
     )
@@ -467,7 +468,7 @@ def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
 
 
 def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", HERE, "main:app"]
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "main:app"]
     environment = os.environ | {"WORKERS": "none"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (3, 1)
@@ -621,7 +622,7 @@ def test_a_request_id_is_taken_over(service: Service, sent: str) -> None:
 
 @pytest.mark.parametrize("sent", ["", "a" * 65, "a b", "a/b", "é"])
 def test_a_strange_request_id_is_replaced(service: Service, sent: str) -> None:
-    answer = service.client.get("/users/me", headers={"X-Request-ID": sent.encode()})
+    answer = service.client.get("/users/me", headers={b"X-Request-ID": sent.encode()})
     assert answer.headers["x-request-id"] != sent
 
 
@@ -780,7 +781,8 @@ BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "broken multipart": (b"--x\r\nno", {"content-type": "multipart/form-data; boundary=x"}),
     "multipart without a boundary": (b"x", {"content-type": "multipart/form-data"}),
     "a file for a field": (
-        b'--x\r\nContent-Disposition: form-data; name="username"; filename="f"\r\n\r\na\r\n--x--\r\n',
+        b'--x\r\nContent-Disposition: form-data; name="username"; filename="f"\r\n\r\na\r\n'
+        b"--x--\r\n",
         {"content-type": "multipart/form-data; boundary=x"},
     ),
 }
@@ -1189,14 +1191,14 @@ def forgeries(person: Account) -> dict[str, tuple[str, ...]]:
         "a claim missing": tuple(forge(person, drop=name) for name in claims),
         "exp of a strange kind": tuple(
             raw_token({"alg": "HS256"}, claims | {"exp": exp})
-            for exp in (None, "soon", [], {}, True, 1e400, float("nan"), -1)
+            for exp in (None, "soon", [1], {"a": 1}, True, 1e400, float("nan"), -1)
         ),
         "expired": (forge(person, exp=int(time.time()) - 1),),
         "sub of a strange kind": tuple(
             forge(person, sub=sub) for sub in ("0", "01", "x", "9" * 30)
         ),
         "sid of a strange kind": tuple(
-            forge(person, sid=sid) for sid in ("", "x", "\u0000", "a" * 32)
+            forge(person, sid=sid) for sid in ("", "x", "\u0000", "a" * 43)
         ),
         "sub of a strange type": (raw_token({"alg": "HS256"}, claims | {"sub": 1}),),
         "claims that are no object": (
@@ -1220,7 +1222,7 @@ def test_no_forged_token_is_taken(service: Service) -> None:
     person = sign_up(service)
     for wrong, tokens in forgeries(person).items():
         for token in tokens:
-            headers = {"Authorization": b"Bearer " + token.encode("latin-1")}
+            headers = {b"Authorization": b"Bearer " + token.encode("latin-1")}
             answer = service.client.get("/users/me", headers=headers)
             assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN"), (
                 wrong
@@ -1242,7 +1244,7 @@ def test_no_forged_refresh_token_is_taken(service: Service) -> None:
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Basic YTpi", "Token x", "Bearer \udcff"])
 def test_anything_but_a_bearer_token_is_401(service: Service, header: str) -> None:
-    sent = {"Authorization": header.encode("utf-8", "surrogateescape")}
+    sent = {b"Authorization": header.encode("utf-8", "surrogateescape")}
     answer = service.client.get("/users/me", headers=sent)
     assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN")
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -1392,7 +1394,8 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
     shown = shown.replace("app:3000", f"127.0.0.1:{app}").replace(
         "listen 80", f"listen 127.0.0.1:{front}"
     )
-    guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 '$http_remote_user $http_remote_groups $http_remote_email'; }} }}"
+    told = "'$http_remote_user $http_remote_groups $http_remote_email'"
+    guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 {told}; }} }}"
     folders = "".join(
         f"{kind}_temp_path {tmp_path}/{kind};"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -1584,19 +1587,20 @@ def test_a_new_password_ends_all_other_sessions(service: Service) -> None:
 
 def test_superusers_make_accounts_of_any_role(service: Service) -> None:
     admin = sign_in_admin(service)
-    body = {"email": new_email(), "password": PASSWORD, "role": "admin", "is_active": False}
+    email = new_email()
+    body = {"email": email, "password": PASSWORD, "role": "admin", "is_active": False}
     made = admin.api.post("/users", json=body)
     assert made.status_code == 201
     assert made.json().keys() == WHOLE
     assert (made.json()["is_superuser"], made.json()["is_active"]) == (True, False)
-    assert log_in(service, body["email"]).status_code == 401
+    assert log_in(service, email).status_code == 401
 
 
 @pytest.mark.parametrize("removal", [{"role": "user"}, {"is_active": False}, None], ids=str)
 def test_two_admins_who_remove_each_other_leave_one(
     service: Service, removal: dict[str, Any] | None
 ) -> None:
-    def remove(caller: Account, other: Account) -> httpx.Response:
+    def remove(caller: Account, other: Account) -> Any:
         if removal is None:
             return caller.api.delete(f"/users/{other.id}")
         return caller.api.patch(f"/users/{other.id}", json=removal)
@@ -1605,7 +1609,8 @@ def test_two_admins_who_remove_each_other_leave_one(
         pair = [sign_up(service), sign_up(service)]
         for person in pair:
             sign_in_admin(service).api.patch(f"/users/{person.id}", json={"role": "admin"})
-        at_once(2, lambda n, pair=pair: remove(pair[n], pair[1 - n]))
+        both = partial(remove, *pair), partial(remove, *reversed(pair))
+        at_once(2, lambda number, both=both: both[number]())  # type: ignore[misc]
         ids = f"({pair[0].id}, {pair[1].id})"
         left = f"""SELECT count(*) FROM "user" WHERE id IN {ids} AND role = 'admin' AND is_active"""
         assert service.sql(left) == [(1,)]
@@ -1814,12 +1819,13 @@ def test_alembic_finds_nothing_to_do(service: Service) -> None:
     autogenerate = pytest.importorskip("alembic.autogenerate")
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlmodel import SQLModel
 
-    import main
+    assert settings_class()  # importing main completes the metadata
 
     def differences(connection: Connection) -> Any:
         context = migration.MigrationContext.configure(connection)
-        return autogenerate.compare_metadata(context, main.SQLModel.metadata)
+        return autogenerate.compare_metadata(context, SQLModel.metadata)
 
     async def compare() -> Any:
         engine = create_async_engine(service.settings["DATABASE_URL"])
@@ -1841,12 +1847,11 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
     for path, methods in page["paths"].items():
         for method, route in methods.items():
             assert route["summary"], (path, method)
-            errors = {
-                code: route["responses"][code] for code in route["responses"] if code >= "400"
-            }
-            assert errors.keys() >= {"400", "413", "422", "500", "503"}
-            for error in errors.values():
-                assert error["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
+            assert {"4XX", "5XX"} <= route["responses"].keys()
+            for code in ("4XX", "5XX"):
+                schema = route["responses"][code]["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/Problem"}
+            assert "422" not in route["responses"]
     verify = page["paths"]["/api/v1/auth/verify"]["get"]["responses"]["200"]
     assert "content" not in verify
 
@@ -1888,7 +1893,7 @@ def test_the_tour_in_readme_works_as_shown(start: Callable[..., Service]) -> Non
     def plain(text: str) -> str:
         text = re.sub(r"20\d\d-[\d:.T-]+Z", "TIME", text)
         text = re.sub(r'"ey[^"]*"', '"TOKEN"', text)
-        return re.sub(r'"[0-9a-f]{32}"', '"ID"', text).strip()
+        return re.sub(r'"[0-9a-f]{16}"', '"ID"', text).strip()
 
     for (command, shown), got in zip(steps, printed, strict=False):
         assert plain(got) == plain(shown), command
