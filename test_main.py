@@ -475,21 +475,23 @@ def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
     assert ended.stderr.startswith("WORKERS='none': ")
 
 
-def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\nPORT=abc\n")
-    assert run_main(tmp_path).stderr.startswith("PORT='abc': ")
-
-
-def test_an_empty_setting_counts_as_not_set(start: Callable[..., Service]) -> None:
-    service = start(FIRST_SUPERUSER_EMAIL="", FIRST_SUPERUSER_PASSWORD="", SMTP_URL="")
-    assert service.sql("SELECT count(*) FROM user") == [(0,)]
+def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PORT", raising=False)
+    (tmp_path / ".env").write_text("POSTGRES_PASSWORD=x\nPORT=8123\n")
+    assert settings_class()().port == 8123
 
 
 def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(
     start: Callable[..., Service],
 ) -> None:
-    service = start(SECRET_KEY="unset", DATABASE_URL="unset")
+    empty = {"FIRST_SUPERUSER_EMAIL": "", "FIRST_SUPERUSER_PASSWORD": "", "SMTP_URL": ""}
+    service = start(SECRET_KEY="unset", DATABASE_URL="unset", BCRYPT_ROUNDS="unset", **empty)
     person = sign_up(service)
+    assert person.id == 1
+    eventually(lambda: f"To: {person.email}" in service.log.read_text())  # the mail is printed
     kept = service.folder / "app.db.key"
     assert len(kept.read_text()) >= 32
     assert kept.stat().st_mode & 0o777 == 0o600
@@ -677,14 +679,6 @@ def test_a_preflight_names_what_may_be_sent(service: Service) -> None:
         refused = plain.options(f"{service.address}/api/v1/users/me", headers=asked)
     assert refused.status_code == 400
     assert "x-request-id" in refused.headers
-
-
-def test_any_origin_is_served_without_credentials(start: Callable[..., Service]) -> None:
-    answer = start(CORS_ORIGINS="*").client.get(
-        "/users/me", headers={"Origin": "http://any.example"}
-    )
-    assert answer.headers["access-control-allow-origin"] == "*"
-    assert "access-control-allow-credentials" not in answer.headers
 
 
 def test_a_mistake_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
@@ -1013,12 +1007,15 @@ def test_200_writers_at_once_all_succeed(service: Service) -> None:
     assert {answer.status_code for answer in answers} == {200}
 
 
-def test_closed_registration_leaves_it_to_superusers(start: Callable[..., Service]) -> None:
-    service = start(REGISTRATION="closed")
+def test_registration_may_be_closed_and_cors_open(start: Callable[..., Service]) -> None:
+    service = start(REGISTRATION="closed", CORS_ORIGINS="*")
     assert register(service).json()["error_code"] == "INSUFFICIENT_PERMISSIONS"
     body = {"email": new_email(), "password": PASSWORD}
     assert sign_in_admin(service).api.post("/users", json=body).status_code == 201
     assert sign_in(service, body["email"]).id == 2
+    any_origin = service.client.get("/users/me", headers={"Origin": "http://any.example"}).headers
+    assert any_origin["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in any_origin
 
 
 @pytest.mark.parametrize(
@@ -1118,7 +1115,7 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
     sign_in_admin(service).api.patch(f"/users/{gone.id}", json={"is_active": False})
     wrong = {"known": known.email, "unknown": new_email(), "deactivated": gone.email}
     times: dict[str, list[float]] = {name: [] for name in wrong}
-    for _ in range(30 if FULL else 12):
+    for _ in range(30 if FULL else 8):
         for name, email in wrong.items():
             began = time.perf_counter()
             assert log_in(service, email, "wrong password").status_code == 401
@@ -1127,25 +1124,17 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
     assert max(medians) < min(medians) * 1.1
 
 
-def test_logins_do_not_hold_up_readers(start: Callable[..., Service]) -> None:
-    service = start(BCRYPT_ROUNDS="11")
-    person = sign_up(service)
-    done = threading.Event()
-    times: list[float] = []
-
-    def read() -> None:
-        while not done.is_set():
-            began = time.perf_counter()
-            assert person.api.get("/users/me").status_code == 200
-            times.append(time.perf_counter() - began)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    answers = at_once(20, lambda _: log_in(service, person.email))
-    done.set()
-    reader.join()
-    assert {answer.status_code for answer in answers} == {200}
-    assert statistics.quantiles(times, n=100)[98] < 0.1
+def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
+    start: Callable[..., Service],
+) -> None:
+    service = start(BCRYPT_ROUNDS="13")
+    person = sign_in_admin(service)
+    with ThreadPoolExecutor(4) as pool:
+        logins = [pool.submit(log_in, service, **ADMIN) for _ in range(4)]
+        reads = [person.api.get("/users/me").status_code for _ in range(20)]
+        assert not all(login.done() for login in logins)
+        assert reads == [200] * 20
+        assert {login.result().status_code for login in logins} == {200}
 
 
 def test_too_many_waiting_passwords_are_turned_away(start: Callable[..., Service]) -> None:
@@ -1649,12 +1638,6 @@ def test_superusers_choose_whether_a_welcome_is_sent(
     assert not mail_server.mails_to(silent)
 
 
-def test_development_prints_the_mail(start: Callable[..., Service]) -> None:
-    service = start()
-    email = register(service).json()["email"]
-    eventually(lambda: f"To: {email}" in service.log.read_text())
-
-
 @pytest.mark.parametrize("failure", ["refused", "silent"])
 def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
     start: Callable[..., Service], failure: str
@@ -1675,9 +1658,11 @@ def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
 # --- Data -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("turn", range(100 if FULL else 3))
+@pytest.mark.parametrize("turn", range(100 if FULL else 2))
 def test_kill_9_loses_nothing_that_was_answered(start: Callable[..., Service], turn: int) -> None:
+    began = time.monotonic()
     service = start()
+    first_start = time.monotonic() - began
     person = sign_up(service)
     acknowledged: list[str] = []
 
@@ -1696,7 +1681,7 @@ def test_kill_9_loses_nothing_that_was_answered(start: Callable[..., Service], t
     service.process.wait()
     began = time.monotonic()
     service.start()
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < first_start + 1  # recovering takes no time to speak of
     stored = {email for (email,) in service.sql("SELECT email FROM user")}
     assert stored >= set(acknowledged)
     assert service.sql("PRAGMA integrity_check") == [("ok",)]
