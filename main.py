@@ -140,6 +140,8 @@ class Settings(BaseSettings):
             raise ValueError("every connection would have a :memory: of its own; name a file")
         if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", value):
             raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
+        if value.startswith("postgresql") and find_spec("asyncpg") is None:
+            raise ValueError("needs a package that is not installed: pip install asyncpg")
         return make_url(value).render_as_string(hide_password=False)
 
     @model_validator(mode="after")
@@ -403,7 +405,7 @@ def make_engines() -> tuple[AsyncEngine, AsyncEngine]:
     """The readers and the writer."""
     options: dict[str, Any] = {"max_overflow": 0, "pool_timeout": 5, "hide_parameters": True}
     if settings.sqlite_file is None:
-        options |= {"connect_args": {"timeout": 5, "server_settings": {"lock_timeout": "5s"}}}
+        options |= {"connect_args": {"timeout": 5, "command_timeout": 5}}
         both = create_async_engine(settings.database_url, pool_pre_ping=True, **options)
         return both, both
     options |= {"isolation_level": "AUTOCOMMIT"}  # no transaction but the one that on_begin begins
@@ -670,7 +672,7 @@ async def login(
         email = plain_email(form.username)
     async with open_reader() as look:
         known = (await look.exec(select(User).where(User.email == email))).first()
-    if not await password_fits(form.password, known) or known is None:
+    if not await password_fits(form.password, known) or known is None or not known.is_active:
         raise Refusal("INVALID_CREDENTIALS")
     user = await db.get(User, known.id, with_for_update=True)  # hashing took a while: look again
     if user is None or not user.is_active or user.hashed_password != known.hashed_password:

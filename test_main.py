@@ -447,6 +447,19 @@ def test_a_wrong_setting_ends_the_start_with_one_clear_line(
     assert "hunter2" not in printed
 
 
+def test_postgresql_without_its_driver_ends_the_start_with_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import main
+
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x")
+    with pytest.raises(SystemExit):
+        main.read_settings()
+    line = "DATABASE_URL='postgresql+asyncpg:…': needs a package that is not installed: "
+    assert capsys.readouterr().err == f"{line}pip install asyncpg\n"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -460,6 +473,8 @@ def test_a_wrong_setting_ends_the_start_with_one_clear_line(
 def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
     tmp_path: Path, settings: dict[str, str]
 ) -> None:
+    if "postgresql" in settings["DATABASE_URL"]:
+        pytest.importorskip("asyncpg")
     ended = run_main(tmp_path, **settings)
     assert ended.returncode == 3
     assert ended.stderr.splitlines()[-1].count("DATABASE_URL: the database cannot be used: ") == 1
@@ -1726,6 +1741,27 @@ def test_a_locked_database_is_503_for_writers_and_open_to_readers(
             assert write.result().status_code == 503
         other.execute("ROLLBACK")
     assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
+
+
+@pytest.mark.skipif(not POSTGRES, reason="TEST_DATABASE_URL is not set")
+def test_a_lock_that_postgresql_does_not_give_is_503(tmp_path: Path) -> None:
+    service = Service(tmp_path, "postgresql")
+    person = sign_up(service)
+
+    async def patch_while_locked() -> Any:
+        import asyncpg
+
+        url = service.settings["DATABASE_URL"].replace("+asyncpg", "")
+        other = await asyncpg.connect(url)
+        async with other.transaction():
+            await other.execute('LOCK TABLE "user" IN EXCLUSIVE MODE')
+            answer = await asyncio.to_thread(person.api.patch, "/users/me", json={"bio": "x"})
+        await other.close()
+        return answer
+
+    assert asyncio.run(patch_while_locked()).status_code == 503
+    assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
+    service.stop()
 
 
 def test_a_health_check_is_answered_under_load(service: Service) -> None:
