@@ -839,6 +839,7 @@ async def swagger_ui() -> Response:
     if find_spec("fastapi_swagger"):
         files["swagger_js_url"] = "/docs/swagger-ui-bundle.js"
         files["swagger_css_url"] = "/docs/swagger-ui.css"
+        files["swagger_favicon_url"] = "/docs/favicon-32x32.png"
     return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **files)
 
 

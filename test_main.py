@@ -79,7 +79,7 @@ def free_port() -> int:
 
 def check_answer(response: httpx.Response) -> None:
     """What holds for every answer: its headers, the shape of errors, no hash in it."""
-    body = response.read().decode()
+    body = response.read().decode(errors="replace")
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", response.headers["x-request-id"])
     assert re.fullmatch(r"\d+\.\d{4}", response.headers["x-process-time"])
     assert response.headers["x-content-type-options"] == "nosniff"
@@ -754,9 +754,11 @@ def test_health_answers_503_when_the_database_does_not(start: Callable[..., Serv
 def test_the_docs_work_without_a_network(service: Service) -> None:
     page = service.client.get(f"{service.address}/docs")
     assert page.status_code == 200
-    for link in re.findall(r'(?:src|href)="([^"]*swagger-ui[^"]*)"', page.text):
+    links = re.findall(r'(?:src|href)="(.+?)"', page.text)
+    assert len(links) == 3
+    for link in links:
         assert link.startswith("/docs/")
-        assert len(service.client.get(service.address + link).content) > 10_000
+        assert service.client.get(service.address + link).status_code == 200
 
 
 # --- Bad input ------------------------------------------------------------------------------------
