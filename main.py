@@ -50,13 +50,14 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
-from pydantic import AfterValidator, BaseModel, IPvAnyNetwork, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic.functional_validators import field_validator, model_validator
+from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import Connection, delete, event, func, inspect, make_url, update
-from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchColumnError, SQLAlchemyError
+from sqlalchemy import Connection, delete, event, func, make_url, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import AutoString, Field, Relationship, SQLModel, col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.datastructures import Headers
@@ -85,10 +86,7 @@ COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 
 
 def plain_email(address: str) -> str:
     """One address and nothing around it, in lower case: nobody tells A@b.co from a@b.co."""
-    try:
-        return validate_email(address.strip().lower(), check_deliverability=False).normalized
-    except ValueError:  # whose own words would repeat what was typed
-        raise ValueError("must be one plain email address") from None
+    return validate_email(address.strip().lower(), check_deliverability=False).normalized
 
 
 def uncommon(password: str) -> str:
@@ -97,12 +95,12 @@ def uncommon(password: str) -> str:
     return password
 
 
-Address = Field(max_length=254, schema_extra={"format": "email"})
-Email = Annotated[str, Address, AfterValidator(plain_email)]
-Secret = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
-Password = Annotated[str, Secret, AfterValidator(uncommon)]
+EmailRules = Field(max_length=254, schema_extra={"format": "email"})
+Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
+PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
+Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
-SmtpUrl = StringConstraints(pattern=r"^smtps?://([^@/\s]*@)?[^@:/\s]+(:\d{1,5})?$")
+SmtpUrl = Annotated[str, StringConstraints(pattern=r"^smtps?://([^@/\s]*@)?[^@:/\s]+(:\d{1,5})?$")]
 
 
 class Settings(BaseSettings):
@@ -111,7 +109,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
 
     environment: Literal["development", "production"] = "development"
-    host: str = "127.0.0.1"
+    host: IPvAnyAddress | Literal["localhost"] = Field(default="127.0.0.1")
     port: int = Field(default=8000, ge=1, le=65_535)
     workers: int = Field(default=1, ge=1, le=256)
     forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
@@ -124,7 +122,7 @@ class Settings(BaseSettings):
     first_superuser_password: Password | None = None
     registration: Literal["open", "closed"] = "open"
     cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
-    smtp_url: Annotated[str, SmtpUrl] | None = None
+    smtp_url: SmtpUrl | None = None
     mail_from: Email | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
 
@@ -173,9 +171,9 @@ def read_settings() -> Settings:
         problem = error.errors()[0]
         line = problem["msg"].removeprefix("Value error, ")
         if problem["loc"]:
-            name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
-            shown = value.partition(":")[0] + ":…'" if name.endswith("_URL") else value
-            line = f"{name}: {line}" if name.endswith("_PASSWORD") else f"{name}={shown}: {line}"
+            name = str(problem["loc"][0]).upper()
+            secret = name.endswith(("_URL", "_PASSWORD"))  # a URL may hold a password
+            line = f"{name}: {line}" if secret else f"{name}={problem['input']!r}: {line}"
         print(line, file=sys.stderr)
         raise SystemExit(3) from None  # to uvicorn 3 means: do not start this worker again
 
@@ -201,6 +199,7 @@ REFUSALS = {
     "INTERNAL_ERROR": (500, "The service made a mistake; its log has the details"),
     "UNAVAILABLE": (503, "The service is busy, try again"),
 }
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 REFUSAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
@@ -223,10 +222,11 @@ class Problem(BaseModel):
 
 async def on_refusal(request: Request, error: Any) -> Response:
     """Our own refusals, and those of Starlette and FastAPI: 400, 404, 405."""
-    code, headers = getattr(error, "code", HTTPStatus(error.status_code).name), error.headers
+    code = getattr(error, "code", HTTPStatus(error.status_code).name)
+    headers = error.headers
     if error.status_code == 405:  # FastAPI names the methods of one route, not all of the path
-        asked = [{**request.scope, "method": m} for m in ("GET", "POST", "PUT", "PATCH", "DELETE")]
-        pairs = [(scope, route) for scope in asked for route in request.app.routes]
+        scopes = [{**request.scope, "method": method} for method in METHODS]
+        pairs = [(scope, route) for scope in scopes for route in request.app.routes]
         found = [s["method"] for s, route in pairs if route.matches(s)[0] is Match.FULL]
         headers = {"Allow": ", ".join(found)}
     body = {"detail": error.detail, "error_code": code, "request_id": request.state.request_id}
@@ -246,8 +246,8 @@ async def on_database_error(request: Request, error: Any) -> Response:
     """The database keeps the rules, so that no check can race; here its refusals get names.
     All else is a lock or connection that came too late, a full disk, a server that is gone."""
     if isinstance(error, IntegrityError):
-        code = "EMAIL_TAKEN" if "email" in str(error.orig) else "CONFLICT"
-        return await on_refusal(request, Refusal(code))
+        taken = re.search("user[._]email", str(error.orig))
+        return await on_refusal(request, Refusal("EMAIL_TAKEN" if taken else "CONFLICT"))
     log.error("the database failed", exc_info=error)
     return await on_refusal(request, Refusal("UNAVAILABLE"))
 
@@ -270,14 +270,14 @@ Item = TypeVar("Item")
 class Person(SQLModel):
     """What people say of themselves when they sign up."""
 
+    model_config = {"extra": "forbid"}
+
     first_name: Name = None
     last_name: Name = None
     age: Age = None
 
 
 class UserCreate(Person):
-    model_config = {"extra": "forbid"}
-
     email: Email
     password: Password
 
@@ -289,8 +289,6 @@ class UserCreateByAdmin(UserCreate):
 
 class UserUpdate(Person):
     """All may be left out; null clears what may be empty and is refused for the rest."""
-
-    model_config = {"extra": "forbid"}
 
     bio: Bio = None
     avatar_url: AvatarUrl = None
@@ -343,6 +341,10 @@ class UserRead(UserPublic, Person):
     updated_at: datetime
 
 
+def session_end() -> datetime:
+    return now() + timedelta(days=settings.refresh_token_expire_days)
+
+
 class LoginSession(SQLModel, table=True):
     """One login. Each refresh replaces `refresh_jti` and keeps the one before it."""
 
@@ -353,7 +355,7 @@ class LoginSession(SQLModel, table=True):
     refresh_jti: str = Field(default_factory=secrets.token_urlsafe)
     previous_jti: str | None = None
     rotated_at: datetime = Field(default_factory=now)
-    expires_at: datetime
+    expires_at: datetime = Field(default_factory=session_end)
     user: User = Relationship(sa_relationship_kwargs={"lazy": "joined"})
 
 
@@ -373,17 +375,15 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-class Page(BaseModel, Generic[Item]):
+class Page(PageQuery, Generic[Item]):
     items: list[Item]
     total: int
-    page: int
-    size: int
     pages: int
 
 
 # --- Database -------------------------------------------------------------------------------------
-# SQLite takes many readers beside one writer, so there are two engines: readers that never wait,
-# and a writer with one connection, before which writers queue instead of failing as "locked".
+# SQLite takes many readers beside one writer, so there are two engines: readers that do not wait
+# for the writer, and a writer with one connection, where writers queue instead of being "locked".
 # PostgreSQL needs no such care: there both names mean one engine.
 
 
@@ -401,13 +401,11 @@ def on_begin(connection: Connection) -> None:
     sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
 
 
-def make_engines() -> tuple[AsyncEngine, AsyncEngine]:
-    """The readers and the writer."""
-    options: dict[str, Any] = {"max_overflow": 0, "pool_timeout": 5, "hide_parameters": True}
-    if settings.sqlite_file is None:
-        options |= {"connect_args": {"timeout": 5, "command_timeout": 5}}
-        both = create_async_engine(settings.database_url, pool_pre_ping=True, **options)
-        return both, both
+options: dict[str, Any] = {"max_overflow": 0, "pool_timeout": 5, "hide_parameters": True}
+if settings.sqlite_file is None:
+    options |= {"connect_args": {"timeout": 5, "command_timeout": 5}, "pool_pre_ping": True}
+    readers = writer = create_async_engine(settings.database_url, **options)
+else:
     options |= {"isolation_level": "AUTOCOMMIT"}  # no transaction but the one that on_begin begins
     writer = create_async_engine(settings.database_url, pool_size=1, **options)
     options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves round trips
@@ -415,22 +413,16 @@ def make_engines() -> tuple[AsyncEngine, AsyncEngine]:
     event.listen(writer.sync_engine, "begin", on_begin)
     for engine in (readers, writer):
         event.listen(engine.sync_engine, "connect", on_connect)
-    return readers, writer
-
-
-readers, writer = make_engines()
-open_reader = async_sessionmaker(readers, class_=AsyncSession, expire_on_commit=False)
-open_writer = async_sessionmaker(writer, class_=AsyncSession, expire_on_commit=False)
 
 
 async def read_db() -> AsyncIterator[AsyncSession]:
-    async with open_reader() as db:
+    async with AsyncSession(readers, expire_on_commit=False) as db:
         yield db
 
 
 async def write_db() -> AsyncIterator[AsyncSession]:
     """Waits for the writer at its first statement; what was not committed in the end is undone."""
-    async with open_writer() as db:
+    async with AsyncSession(writer, expire_on_commit=False) as db:
         yield db
 
 
@@ -450,26 +442,23 @@ TOKEN = re.compile(r"[\w-]{1,1000}\.[\w-]{1,3000}\.[\w-]{43}", re.ASCII)
 cores = CapacityLimiter(max(1, (os.cpu_count() or 1) // settings.workers))
 
 
-async def in_thread(work: Callable[..., Any], *values: bytes) -> Any:
+async def in_thread(work: Callable[[bytes, bytes], Item], password: str, salt: bytes) -> Item:
+    """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
     if cores.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
         raise Refusal("UNAVAILABLE", "Too many passwords are waiting")
-    return await to_thread.run_sync(work, *values, limiter=cores)
-
-
-def digest(password: str) -> bytes:
-    """Every character counts, while bcrypt alone looks at 72 bytes and stops at a NUL."""
-    return base64.b64encode(hashlib.sha256(password.encode()).digest())
+    digest = hashlib.sha256(password.encode(errors="surrogatepass")).digest()
+    return await to_thread.run_sync(work, base64.b64encode(digest), salt, limiter=cores)
 
 
 async def hash_password(password: str) -> str:
     salt = bcrypt.gensalt(settings.bcrypt_rounds)
-    return str(await in_thread(bcrypt.hashpw, digest(password), salt), "ascii")
+    return (await in_thread(bcrypt.hashpw, password, salt)).decode()
 
 
 async def password_fits(password: str, user: User | None) -> bool:
     """For nobody it takes as long as for somebody: the time must not tell who has an account."""
     hashed = user.hashed_password if user else DECOY
-    return bool(await in_thread(bcrypt.checkpw, digest(password), hashed.encode()))
+    return await in_thread(bcrypt.checkpw, password, hashed.encode())
 
 
 @cache
@@ -479,11 +468,11 @@ def signing_key() -> Any:
     if secret is None:
         kept = Path(f"{settings.sqlite_file}.key")
         if not kept.exists():
-            aside = kept.with_name(f"{kept.name}.{secrets.token_hex(8)}")
-            with open(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(48))
+            aside = Path(f"{kept}.{secrets.token_hex(8)}")
+            aside.touch(mode=0o600)
+            aside.write_text(secrets.token_urlsafe(48))
             with suppress(FileExistsError):
-                os.link(aside, kept)
+                kept.hardlink_to(aside)
             aside.unlink()
         secret = kept.read_text().strip()
         if len(secret) < 32:
@@ -502,48 +491,46 @@ class Claims(BaseModel):
     exp: int
 
 
-def sign(session: LoginSession, type: str, jti: str, issued: datetime, expires: datetime) -> str:
-    claims = {"sub": str(session.user_id), "sid": session.id, "jti": jti, "type": type}
+def sign(session: LoginSession, kind: str, jti: str, issued: datetime, expires: datetime) -> str:
+    claims = {"sub": str(session.user_id), "sid": session.id, "jti": jti, "type": kind}
     return str(jwt.encode(claims | {"iat": issued, "exp": expires}, signing_key(), "HS256"))
 
 
 def issue(session: LoginSession, response: Response) -> Tokens:
     """The refresh token follows from the row alone: whoever asks again in time gets the same."""
     response.headers["Cache-Control"] = "no-store"
-    issued, end, lifetime = now(), session.expires_at, settings.access_token_expire_minutes
-    expires = min(end, issued + timedelta(minutes=lifetime))
-    access = sign(session, "access", secrets.token_urlsafe(), issued, expires)
-    renew = sign(session, "refresh", session.refresh_jti, session.rotated_at, end)
-    seconds = int((expires - issued).total_seconds())
-    return Tokens(access_token=access, refresh_token=renew, expires_in=seconds)
+    issued, end = now(), session.expires_at
+    expires = min(end, issued + timedelta(minutes=settings.access_token_expire_minutes))
+    return Tokens(
+        access_token=sign(session, "access", secrets.token_urlsafe(), issued, expires),
+        refresh_token=sign(session, "refresh", session.refresh_jti, session.rotated_at, end),
+        expires_in=int((expires - issued).total_seconds()),
+    )
 
 
-def read_token(token: str, type: str) -> Claims:
-    """Whatever is wrong with it, the answer is one. jose lets errors of all kinds escape."""
-    try:
-        if TOKEN.fullmatch(token):
-            claims = Claims.model_validate(jwt.decode(token, signing_key(), ["HS256"]))
-            if claims.type == type:
-                return claims
-    except Exception as error:
-        raise Refusal("INVALID_TOKEN") from error
+def read_token(token: str, kind: str) -> Claims:
+    """Whatever is wrong with it, the answer is the same."""
+    if not TOKEN.fullmatch(token):
+        raise Refusal("INVALID_TOKEN")
+    with suppress(Exception):  # jose lets errors of all kinds escape
+        claims = Claims.model_validate(jwt.decode(token, signing_key(), ["HS256"]))
+        if claims.type == kind:
+            return claims
     raise Refusal("INVALID_TOKEN")
 
 
 # --- Mail -----------------------------------------------------------------------------------------
 # Sent after the answer, from a thread. What cannot be sent is a line in the log, and not retried.
 
-postmen = CapacityLimiter(8)
-
 
 def deliver(mail: EmailMessage) -> None:
-    """Speaks SMTP, encrypted wherever the server can."""
-    url, tls = urlsplit(settings.smtp_url or ""), ssl.create_default_context()
+    """Speaks SMTP, encrypted where the server offers it; smtps:// insists."""
+    url = urlsplit(settings.smtp_url or "")
+    tls = ssl.create_default_context()
     where: dict[str, Any] = {"host": url.hostname, "port": url.port or 0, "timeout": 5}
     smtps = url.scheme == "smtps"
     with smtplib.SMTP_SSL(**where, context=tls) if smtps else smtplib.SMTP(**where) as server:
-        server.ehlo()
-        if not smtps and server.has_extn("starttls"):
+        with suppress(smtplib.SMTPNotSupportedError):
             server.starttls(context=tls)
         if url.username:
             server.login(unquote(url.username), unquote(url.password or ""))
@@ -551,15 +538,17 @@ def deliver(mail: EmailMessage) -> None:
 
 
 async def send_mail(to: str, subject: str, body: str) -> None:
-    if settings.smtp_url is None and settings.production:
-        return log.warning("mail not sent: SMTP_URL is not set")
-    mail, sender = EmailMessage(), settings.mail_from or "nutshell@localhost"
-    mail["From"], mail["To"], mail["Subject"] = sender, to, subject
+    mail = EmailMessage()
+    mail["From"] = settings.mail_from or "nutshell@localhost"
+    mail["To"], mail["Subject"] = to, subject
     mail.set_content(body)
-    if settings.smtp_url is None:
-        return print(mail)
     try:
-        await to_thread.run_sync(deliver, mail, limiter=postmen, abandon_on_cancel=True)
+        if settings.smtp_url is not None:
+            await to_thread.run_sync(deliver, mail, abandon_on_cancel=True)
+        elif settings.production:
+            log.warning("mail not sent: SMTP_URL is not set")
+        else:
+            print(mail, flush=True)
     except (OSError, ValueError) as error:  # their text may name the receiver
         log.error("mail not sent: %s", type(error).__name__)
 
@@ -570,11 +559,13 @@ async def send_mail(to: str, subject: str, body: str) -> None:
 bearer = OAuth2PasswordBearer(f"{API}/auth/login", auto_error=False)
 
 
-async def current_session(token: Annotated[str | None, Depends(bearer)]) -> LoginSession:
-    """The session that the token names. Its connection goes back at once: a hash may follow."""
+async def current_session(
+    token: Annotated[str | None, Depends(bearer)], db: ReadDB
+) -> LoginSession:
+    """The session that the token names."""
     claims = read_token(token or "", "access")
-    async with open_reader() as db:
-        session = await db.get(LoginSession, claims.sid)
+    session = await db.get(LoginSession, claims.sid)
+    await db.close()  # gives the connection back: hashing a password may follow
     if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
         raise Refusal("INVALID_TOKEN")
     return session
@@ -601,7 +592,11 @@ def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
     return guard
 
 
-Superuser = Annotated[User, Depends(require_role("admin"))]
+ForSuperusers = Depends(require_role("admin"))
+Superuser = Annotated[User, ForSuperusers]
+
+
+LoginForm = Annotated[OAuth2PasswordRequestForm, Depends()]
 
 
 async def user_id(user: Literal["me"] | Id, me: CurrentUser) -> int:
@@ -621,23 +616,9 @@ async def own_user_id(user_id: UserId, me: CurrentUser) -> int:
 OwnUserId = Annotated[int, Depends(own_user_id)]
 
 
-async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
-    """The user to change, locked until the commit, as is the one who asks, and is looked at again:
-    of two admins who remove each other at once, one comes too late."""
-    both = select(User).where(col(User.id).in_((user_id, me.id))).order_by(col(User.id))
-    found = {user.id: user for user in await db.exec(both.with_for_update())}
-    if user_id not in found:
-        raise Refusal("NOT_FOUND")
-    for seen in ("role", "is_active", "hashed_password"):
-        if getattr(found.get(me.id), seen, None) != getattr(me, seen):
-            raise Refusal("CONFLICT")
-    return found[user_id]
-
-
 # --- Routes: accounts and tokens ------------------------------------------------------------------
-# Who wins a refresh is decided by the database: the one who still finds the token's jti in the row
-# replaces it. Who comes within 10 s with the one just replaced is given the same new token.
-
+# The database decides who wins a refresh: the request that still finds its token's jti in the row
+# replaces it. Who comes with the one just replaced, within 10 s, is given the same new token.
 
 auth = APIRouter(tags=["auth"])
 
@@ -663,38 +644,31 @@ async def register(body: UserCreate, db: WriteDB, tasks: BackgroundTasks) -> Use
 
 
 @auth.post("/login")
-async def login(
-    form: Annotated[OAuth2PasswordRequestForm, Depends()], db: WriteDB, response: Response
-) -> Tokens:
-    """Trade an email, sent as `username`, and a password for tokens."""
+async def login(form: LoginForm, reader: ReadDB, db: WriteDB, response: Response) -> Tokens:
+    """Sign in: send the email as `username`."""
     email = ""
     with suppress(ValueError):
         email = plain_email(form.username)
-    async with open_reader() as look:
-        known = (await look.exec(select(User).where(User.email == email))).first()
+    known = (await reader.exec(select(User).where(User.email == email))).first()
+    await reader.close()
     if not await password_fits(form.password, known) or known is None or not known.is_active:
         raise Refusal("INVALID_CREDENTIALS")
     user = await db.get(User, known.id, with_for_update=True)  # hashing took a while: look again
     if user is None or not user.is_active or user.hashed_password != known.hashed_password:
         raise Refusal("INVALID_CREDENTIALS")
-    mine, moment = col(LoginSession.user_id) == user.id, now()
-    await db.exec(delete(LoginSession).where(mine, col(LoginSession.expires_at) < moment))
-    expires_at = moment + timedelta(days=settings.refresh_token_expire_days)
-    session = LoginSession.model_validate({"user_id": user.id, "expires_at": expires_at})
+    mine, expired = col(LoginSession.user_id) == user.id, col(LoginSession.expires_at) < now()
+    await db.exec(delete(LoginSession).where(mine, expired))
+    session = LoginSession(user_id=user.id)
     db.add(session)
     await db.commit()
     return issue(session, response)
 
 
 @auth.post("/refresh")
-async def refresh(
-    refresh_token: Annotated[str, Form()],
-    db: WriteDB,
-    response: Response,
-    grant_type: Annotated[Literal["refresh_token"] | None, Form()] = None,
-) -> Tokens:
-    """Trade a refresh token for new tokens. One that is too old ends the session: it was stolen."""
-    claims, moment = read_token(refresh_token, "refresh"), now()
+async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: Response) -> Tokens:
+    """Trade a refresh token for new tokens. One used before ends the session: it may be stolen."""
+    claims = read_token(refresh_token, "refresh")
+    moment = now()
     replaced = await db.exec(
         update(LoginSession)
         .where(col(LoginSession.id) == claims.sid, col(LoginSession.refresh_jti) == claims.jti)
@@ -735,34 +709,43 @@ async def verify(me: CurrentUser, role: Role | None = None) -> Response:
 users = APIRouter(tags=["users"])
 
 
+async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
+    """Locks the user to change and the one who asks, in order of id, and looks whether the latter
+    is still who they were: of two admins who remove each other at once, one comes too late."""
+    both = select(User).where(col(User.id).in_((user_id, me.id))).order_by(col(User.id))
+    found = {user.id: user for user in await db.exec(both.with_for_update())}
+    if user_id not in found:
+        raise Refusal("NOT_FOUND")
+    for field in ("role", "is_active", "hashed_password"):
+        if getattr(found.get(me.id), field, None) != getattr(me, field):
+            raise Refusal("CONFLICT")
+    return found[user_id]
+
+
 async def page_of(
     db: AsyncSession, rows: Any, asked: PageQuery, kind: type[Page[Item]]
 ) -> Page[Item]:
     """One page of all rows, each row as the kind of page shows it."""
     total = (await db.exec(select(func.count()).select_from(rows.order_by(None).subquery()))).one()
     items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
-    page = {"items": items, "total": total, "pages": -(-total // asked.size)}
-    return kind.model_validate(page | {"page": asked.page, "size": asked.size})
+    found = {"items": items, "total": total, "pages": -(-total // asked.size)}
+    return kind.model_validate(found | {"page": asked.page, "size": asked.size})
 
 
 @users.get("", response_model=Page[UserRead] | Page[UserPublic])
 async def list_users(
     asked: Annotated[UserQuery, Query()], me: CurrentUser, db: ReadDB
 ) -> Page[Any]:
-    """Everybody, by id; superusers see the whole of each."""
+    """All users, by id. Superusers see every field."""
     rows = select(User).order_by(col(User.id))
     if asked.is_active is not None:
         rows = rows.where(User.is_active == asked.is_active)
     return await page_of(db, rows, asked, Page[UserRead] if me.is_superuser else Page[UserPublic])
 
 
-@users.post("", status_code=201, response_model=UserRead)
+@users.post("", status_code=201, response_model=UserRead, dependencies=[ForSuperusers])
 async def create_user(
-    body: UserCreateByAdmin,
-    me: Superuser,
-    db: WriteDB,
-    tasks: BackgroundTasks,
-    send_welcome: bool = False,
+    body: UserCreateByAdmin, db: WriteDB, tasks: BackgroundTasks, send_welcome: bool = False
 ) -> User:
     """Make an account for somebody."""
     return await add_user(db, body, tasks if send_welcome else None)
@@ -770,7 +753,7 @@ async def create_user(
 
 @users.get("/{user}", response_model=UserRead | UserPublic)
 async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
-    """Somebody; of yourself, and to superusers, the whole."""
+    """One user. You yourself and superusers see every field."""
     user = me if user_id == me.id else await db.get(User, user_id)
     if user is None:
         raise Refusal("NOT_FOUND")
@@ -804,7 +787,7 @@ async def update_user(
 
 @users.delete("/{user}", status_code=204)
 async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
-    """Remove somebody, and all that is theirs."""
+    """Delete a user and everything they own."""
     if user_id == me.id:
         raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
     await db.delete(await hold_user(db, user_id, me))
@@ -848,23 +831,31 @@ async def swagger_ui() -> Response:
 
 MAX_BODY_BYTES = 1024 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SENT = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"]
-SHOWN = ["ETag", "Location", "RateLimit", "RateLimit-Policy", "Retry-After", "X-Cache"]
-SHOWN += ["X-Process-Time", "X-Request-ID"]
+REQUEST_HEADERS = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID"]
+REQUEST_HEADERS += ["X-Request-ID"]
+EXPOSED_HEADERS = ["ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"]
+EXPOSED_HEADERS += ["X-Request-ID", "X-Process-Time", "X-Cache"]
 
 
 class FrontDoor:
     """Names and times every answer. CORS, which is slow, is for those alone who send an Origin."""
 
     def __init__(self, app: ASGIApp) -> None:
-        origins, known = settings.cors_origins, "*" not in settings.cors_origins
         self.app = app
-        self.cors = CORSMiddleware(app, origins, ["*"], SENT, known, expose_headers=SHOWN)
+        self.cors = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_credentials="*" not in settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=REQUEST_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, headers = perf_counter(), Headers(scope=scope)
+        started = perf_counter()
+        headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -890,7 +881,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begun, left = False, MAX_BODY_BYTES
+        left = MAX_BODY_BYTES
 
         async def receive_some() -> Message:
             nonlocal left
@@ -900,26 +891,20 @@ class Guard:
                 raise Refusal("BODY_TOO_LARGE")
             return message
 
-        async def watch(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
             if int(Headers(scope=scope).get("content-length", 0)) > MAX_BODY_BYTES:
                 raise Refusal("BODY_TOO_LARGE")
-            await self.app(scope, receive_some, watch)
+            await self.app(scope, receive_some, send)
         except Exception as error:
-            if begun:
-                raise
             if not isinstance(error, Refusal):
                 log.exception("nobody caught this")
                 error = Refusal("INTERNAL_ERROR")
-            await (await on_refusal(Request(scope), error))(scope, receive, send)
+            answer = await on_refusal(Request(scope), error)
+            await answer(scope, receive, send)  # after half an answer the server hangs up instead
 
 
 # --- Assembly -------------------------------------------------------------------------------------
-# The parts put together, which reads like a table of contents.
+# The parts put together.
 
 
 class JsonLine(logging.Formatter):
@@ -927,19 +912,16 @@ class JsonLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": now().isoformat(), "level": record.levelname}
-        line["message"] = record.getMessage()
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+        line["message"] = super().format(record)  # with its traceback
         return json.dumps(line)
 
 
 def set_up_logging() -> None:
     """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonLine() if settings.production else text)
     level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    if settings.production:
+        logging.root.handlers[0].setFormatter(JsonLine())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
@@ -948,21 +930,17 @@ def set_up_logging() -> None:
 
 
 def make_tables(connection: Connection) -> None:
-    """New tables for a new database; an old one that lacks a column is left as it is."""
-    database = inspect(connection)
-    for table in SQLModel.metadata.sorted_tables:
-        if database.has_table(table.name):
-            there = {column["name"] for column in database.get_columns(table.name)}
-            for missing in set(table.columns.keys()) - there:
-                raise NoSuchColumnError(f"its table {table.name} has no column {missing}")
+    """New tables for a new database. What an old one lacks fails here, and all is undone."""
     SQLModel.metadata.create_all(connection)
+    for table in SQLModel.metadata.sorted_tables:
+        connection.execute(table.select().limit(0))  # names the first column that is not there
 
 
 async def prepare_database() -> None:
     """In one transaction, which processes that start together enter one after the other."""
     email, password = settings.first_superuser_email, settings.first_superuser_password
     hashed = await hash_password(password) if password else ""
-    async with open_writer() as db:
+    async with AsyncSession(writer) as db:
         if settings.sqlite_file is None:
             await db.exec(select(func.pg_advisory_xact_lock(7361)))
         await (await db.connection()).run_sync(make_tables)
@@ -982,7 +960,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         signing_key()
         await prepare_database()
-    except (OSError, ValueError, sqlite3.Error, SQLAlchemyError) as error:
+    except Exception as error:
         log.critical("DATABASE_URL: the database cannot be used: %s", str(error).partition("\n")[0])
         os._exit(3)  # raising would print a traceback after this line
     yield
@@ -999,7 +977,10 @@ app = FastAPI(
     exception_handlers={
         HTTPException: on_refusal,
         RequestValidationError: on_invalid_input,
-        **dict.fromkeys((DBAPIError, PoolTimeoutError, sqlite3.Error, OSError), on_database_error),
+        DBAPIError: on_database_error,
+        PoolTimeoutError: on_database_error,
+        sqlite3.Error: on_database_error,  # from on_begin, where SQLAlchemy does not wrap it
+        OSError: on_database_error,  # from asyncpg, and from a wait that took too long
     },
 )  # fmt: skip
 app.include_router(auth, prefix=f"{API}/auth")
@@ -1013,8 +994,10 @@ if not settings.production:
 if __name__ == "__main__":
     set_up_logging()
     proxies = [str(network) for network in settings.forwarded_allow_ips]
+    if not settings.production:
+        print(f"Nutshell will be at http://{settings.host}:{settings.port} - try /docs", flush=True)
     uvicorn.run(
-        "__main__:app", host=settings.host, port=settings.port, workers=settings.workers,
+        "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
         proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
     )  # fmt: skip

@@ -17,7 +17,6 @@ import hmac
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -390,9 +389,9 @@ WRONG_SETTINGS = [
     ({"ENVIRONMENT": "production"}, "SECRET_KEY: must be set"),
     ({"SECRET_KEY": "too short"}, "SECRET_KEY: must have at least 32 bytes"),
     ({"DATABASE_URL": "postgresql+asyncpg://u:hunter2@localhost/x"}, "SECRET_KEY: must be set"),
-    ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL='mysql:…': must be"),
-    ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL='sqlite:…': must be"),
-    ({"DATABASE_URL": "sqlite+aiosqlite://"}, "DATABASE_URL='sqlite+aiosqlite:…': must be"),
+    ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL: must be"),
+    ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL: must be"),
+    ({"DATABASE_URL": "sqlite+aiosqlite://"}, "DATABASE_URL: must be"),
     ({"DATABASE_URL": "sqlite+aiosqlite:///:memory:"}, "a :memory: of its own; name a file"),
     ({"PORT": "abc"}, "PORT='abc': "),
     ({"PORT": "70000"}, "PORT='70000': "),
@@ -407,13 +406,15 @@ WRONG_SETTINGS = [
     ({"FIRST_SUPERUSER_EMAIL": "a@b.co"}, "FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set"),
     (
         {"FIRST_SUPERUSER_EMAIL": "nobody", "FIRST_SUPERUSER_PASSWORD": "hunter2hunter2"},
-        "FIRST_SUPERUSER_EMAIL='nobody': must be one plain email address",
+        "FIRST_SUPERUSER_EMAIL='nobody': An email address must have an @-sign.",
     ),
     (
         {"FIRST_SUPERUSER_EMAIL": "a@b.co", "FIRST_SUPERUSER_PASSWORD": "hunter2"},
         "FIRST_SUPERUSER_PASSWORD: String should have at least 8 characters",
     ),
-    ({"SMTP_URL": "http://u:hunter2@localhost"}, "SMTP_URL='http:…': "),
+    ({"SMTP_URL": "hunter2@localhost"}, "SMTP_URL: String should match pattern"),
+    ({"HOST": "nowhere.example"}, "HOST='nowhere.example': "),
+    ({"SMTP_URL": "http://u:hunter2@localhost"}, "SMTP_URL: String should match pattern"),
     ({"MAIL_FROM": "nobody"}, "MAIL_FROM='nobody': "),
     ({"LOG_LEVEL": "loud"}, "LOG_LEVEL='loud': "),
 ]
@@ -456,7 +457,7 @@ def test_postgresql_without_its_driver_ends_the_start_with_one_clear_line(
     monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x")
     with pytest.raises(SystemExit):
         main.read_settings()
-    line = "DATABASE_URL='postgresql+asyncpg:…': needs a package that is not installed: "
+    line = "DATABASE_URL: needs a package that is not installed: "
     assert capsys.readouterr().err == f"{line}pip install asyncpg\n"
 
 
@@ -567,7 +568,7 @@ def test_a_database_that_lacks_a_column_is_refused_and_left_alone(
     before = service.sql("SELECT sql FROM sqlite_master")
     ended = run_main(service.folder, **service.settings)
     assert ended.returncode == 3
-    assert "its table user has no column bio" in ended.stderr
+    assert "no such column: user.bio" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert service.sql("SELECT sql FROM sqlite_master") == before
 
@@ -597,9 +598,10 @@ def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> 
     for path in ("/docs", "/redoc", "/openapi.json", "/docs/swagger-ui-bundle.js"):
         assert service.client.get(service.address + path).status_code == 404
     register(service)
+    eventually(lambda: "mail not sent" in service.log.read_text())
     lines = [json.loads(line) for line in service.log.read_text().splitlines()]
     assert {"time", "level", "message"} <= lines[0].keys()
-    assert "mail not sent: SMTP_URL is not set" in [line["message"] for line in lines]
+    assert lines[-1]["message"] == "mail not sent: SMTP_URL is not set"
 
 
 def test_sigterm_lets_a_slow_request_finish_and_ends_without_a_traceback(
@@ -713,12 +715,15 @@ def test_a_mistake_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
 def test_405_names_the_methods_of_the_path(service: Service) -> None:
     allowed = service.client.put("/users/me").headers["allow"]
     assert set(allowed.split(", ")) == {"GET", "PATCH", "DELETE"}
+    allowed = service.client.delete(f"{service.address}/health").headers["allow"]
+    assert set(allowed.split(", ")) == {"GET", "HEAD"}
 
 
 def test_paths_are_not_redirected(service: Service) -> None:
     assert service.client.get("/users/").status_code == 404
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="there is no /proc to read memory from")
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
 def test_100_mb_are_refused_without_being_kept(service: Service, announced: bool) -> None:
     def memory() -> int:
@@ -790,6 +795,12 @@ BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "a long form": (b"username=a&password=b&refresh_token=" + b"c" * 60_000, FORM),
     "1,500 fields": (b"&".join(b"f%d=1" % n for n in range(1_500)), FORM),
     "broken multipart": (b"--x\r\nno", {"content-type": "multipart/form-data; boundary=x"}),
+    "half a surrogate pair in an odd charset": (
+        b'--x\r\nContent-Disposition: form-data; name="username"\r\n\r\na@b.co\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="password"\r\n\r\n\\ud800\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="refresh_token"\r\n\r\n\\ud800\r\n--x--\r\n',
+        {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"},
+    ),
     "multipart without a boundary": (b"x", {"content-type": "multipart/form-data"}),
     "a file for a field": (
         b'--x\r\nContent-Disposition: form-data; name="username"; filename="f"\r\n\r\na\r\n'
@@ -1713,6 +1724,9 @@ def test_the_database_is_opened_for_durability(service: Service) -> None:
 
 
 def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., Service]) -> None:
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux can limit the files of another process")
     service = start()
     sign_up(service)
     limits = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE)
