@@ -35,6 +35,8 @@ from functools import cache
 from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
+from threading import BoundedSemaphore, Thread
+from threading import enumerate as threads
 from time import perf_counter
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -43,7 +45,7 @@ import bcrypt
 import uvicorn
 from anyio import CapacityLimiter, to_thread
 from email_validator import validate_email
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -86,6 +88,8 @@ COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 
 
 def plain_email(address: str) -> str:
     """One address and nothing around it, in lower case: nobody tells A@b.co from a@b.co."""
+    if len(address) > 254:  # reading a long one takes minutes
+        raise ValueError("must have at most 254 characters")
     return validate_email(address.strip().lower(), check_deliverability=False).normalized
 
 
@@ -100,7 +104,8 @@ Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
 Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
-SmtpUrl = Annotated[str, StringConstraints(pattern=r"^smtps?://([^@/\s]*@)?[^@:/\s]+(:\d{1,5})?$")]
+MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
+SmtpUrl = Annotated[str, StringConstraints(pattern=rf"^smtps?://([^@/\s]*@)?{MailHost}/?$")]
 
 
 class Settings(BaseSettings):
@@ -114,7 +119,7 @@ class Settings(BaseSettings):
     workers: int = Field(default=1, ge=1, le=256)
     forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
     database_url: str = "sqlite+aiosqlite:///./app.db"
-    secret_key: str | None = None
+    secret_key: Annotated[str, StringConstraints(pattern=TEXT)] | None = None
     access_token_expire_minutes: int = Field(default=30, ge=1, le=525_600)
     refresh_token_expire_days: int = Field(default=7, ge=1, le=3_650)
     bcrypt_rounds: int = Field(default=12, ge=4, le=16)
@@ -134,13 +139,17 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def known_database(cls, value: str) -> str:
-        if ":memory:" in value:
+        if ":memory:" in value or "mode=memory" in value:
             raise ValueError("every connection would have a :memory: of its own; name a file")
         if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", value):
             raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
-        if value.startswith("postgresql") and find_spec("asyncpg") is None:
-            raise ValueError("needs a package that is not installed: pip install asyncpg")
-        return make_url(value).render_as_string(hide_password=False)
+        try:
+            create_async_engine(value)  # does not connect yet
+        except ModuleNotFoundError as error:
+            raise ValueError(f"needs a package: pip install {error.name}") from None
+        except Exception:  # its text may hold the password
+            raise ValueError("must be a URL, its password percent-encoded") from None
+        return value
 
     @model_validator(mode="after")
     def fit_together(self) -> "Settings":
@@ -167,15 +176,17 @@ class Settings(BaseSettings):
 def read_settings() -> Settings:
     try:
         return Settings()
+    except UnicodeDecodeError:
+        line = ".env: must be UTF-8"
     except ValidationError as error:
         problem = error.errors()[0]
         line = problem["msg"].removeprefix("Value error, ")
         if problem["loc"]:
             name = str(problem["loc"][0]).upper()
-            secret = name.endswith(("_URL", "_PASSWORD"))  # a URL may hold a password
+            secret = name.endswith(("_KEY", "_URL", "_PASSWORD"))  # a URL may hold a password
             line = f"{name}: {line}" if secret else f"{name}={problem['input']!r}: {line}"
-        print(line, file=sys.stderr)
-        raise SystemExit(3) from None  # to uvicorn 3 means: do not start this worker again
+    print(line, file=sys.stderr)
+    raise SystemExit(3)  # to uvicorn 3 means: do not start this worker again
 
 
 settings = read_settings()
@@ -248,7 +259,7 @@ async def on_database_error(request: Request, error: Any) -> Response:
     if isinstance(error, IntegrityError):
         taken = re.search("user[._]email", str(error.orig))
         return await on_refusal(request, Refusal("EMAIL_TAKEN" if taken else "CONFLICT"))
-    log.error("the database failed", exc_info=error)
+    log.error("the database failed: %s", str(error).partition("\n")[0])
     return await on_refusal(request, Refusal("UNAVAILABLE"))
 
 
@@ -267,10 +278,21 @@ Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Item = TypeVar("Item")
 
 
-class Person(SQLModel):
-    """What people say of themselves when they sign up."""
+class Body(SQLModel):
+    """What may come in: known fields alone, so that nobody assigns what is not theirs."""
 
     model_config = {"extra": "forbid"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 50:  # to refuse each would take seconds
+            raise ValueError("has too many fields")
+        return value
+
+
+class Person(Body):
+    """What people say of themselves when they sign up."""
 
     first_name: Name = None
     last_name: Name = None
@@ -477,7 +499,8 @@ def signing_key() -> Any:
         secret = kept.read_text().strip()
         if len(secret) < 32:
             raise ValueError(f"the key in {kept} is shorter than 32 bytes")
-    return jwk.construct(secret, "HS256")
+    encoded = base64.urlsafe_b64encode(secret.encode())  # so that jose does not look what it is
+    return jwk.construct({"kty": "oct", "k": encoded.decode()}, "HS256")
 
 
 class Claims(BaseModel):
@@ -520,13 +543,20 @@ def read_token(token: str, kind: str) -> Claims:
 
 
 # --- Mail -----------------------------------------------------------------------------------------
-# Sent after the answer, from a thread. What cannot be sent is a line in the log, and not retried.
+# Each mail has a thread that ends with the process, so that a mail server that hangs delays neither
+# an answer nor a stop. What cannot be sent is a line in the log, and not retried.
+
+mail_places = BoundedSemaphore(50)
 
 
-def deliver(mail: EmailMessage) -> None:
+def deliver(to: str, subject: str, body: str) -> None:
     """Speaks SMTP, encrypted where the server offers it; smtps:// insists."""
     url = urlsplit(settings.smtp_url or "")
     tls = ssl.create_default_context()
+    mail = EmailMessage()
+    mail["From"] = settings.mail_from or "nutshell@localhost"
+    mail["To"], mail["Subject"] = to, subject
+    mail.set_content(body)
     where: dict[str, Any] = {"host": url.hostname, "port": url.port or 0, "timeout": 5}
     smtps = url.scheme == "smtps"
     with smtplib.SMTP_SSL(**where, context=tls) if smtps else smtplib.SMTP(**where) as server:
@@ -537,20 +567,30 @@ def deliver(mail: EmailMessage) -> None:
         server.send_message(mail)
 
 
-async def send_mail(to: str, subject: str, body: str) -> None:
-    mail = EmailMessage()
-    mail["From"] = settings.mail_from or "nutshell@localhost"
-    mail["To"], mail["Subject"] = to, subject
-    mail.set_content(body)
+def deliver_or_log(*mail: str) -> None:
     try:
-        if settings.smtp_url is not None:
-            await to_thread.run_sync(deliver, mail, abandon_on_cancel=True)
-        elif settings.production:
-            log.warning("mail not sent: SMTP_URL is not set")
-        else:
-            print(mail, flush=True)
+        deliver(*mail) if settings.smtp_url else print("Mail to", *mail, sep="\n", flush=True)
     except (OSError, ValueError) as error:  # their text may name the receiver
         log.error("mail not sent: %s", type(error).__name__)
+    finally:
+        mail_places.release()
+
+
+def send_mail(to: str, subject: str, body: str) -> None:
+    if settings.smtp_url is None and settings.production:
+        log.warning("mail not sent: SMTP_URL is not set")
+    elif mail_places.acquire(blocking=False):
+        Thread(target=deliver_or_log, args=(to, subject, body), name="mail", daemon=True).start()
+    else:
+        log.error("mail not sent: too many are under way")
+
+
+def last_mails(seconds: float) -> None:
+    """Gives the mails under way a moment to leave."""
+    until = perf_counter() + seconds
+    for thread in threads():
+        if thread.name == "mail":
+            thread.join(max(0, until - perf_counter()))
 
 
 # --- Dependencies ---------------------------------------------------------------------------------
@@ -623,24 +663,26 @@ OwnUserId = Annotated[int, Depends(own_user_id)]
 auth = APIRouter(tags=["auth"])
 
 
-async def add_user(db: AsyncSession, body: UserCreate, tasks: BackgroundTasks | None) -> User:
-    """With `tasks` a mail follows the answer."""
+async def add_user(db: AsyncSession, body: UserCreate) -> User:
     hashed = await hash_password(body.password)
     user = User.model_validate(body, update={"hashed_password": hashed})
     db.add(user)
     await db.commit()
-    if tasks is not None:
-        text = f"Hello {user.full_name},\n\nyour account is ready.\n"
-        tasks.add_task(send_mail, user.email, "Welcome", text)
     return user
 
 
+def welcome(user: User) -> None:
+    send_mail(user.email, "Welcome", f"Hello {user.full_name},\n\nyour account is ready.\n")
+
+
 @auth.post("/register", status_code=201, response_model=UserRead)
-async def register(body: UserCreate, db: WriteDB, tasks: BackgroundTasks) -> User:
+async def register(body: UserCreate, db: WriteDB) -> User:
     """Make yourself an account."""
     if settings.registration == "closed":
         raise Refusal("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
-    return await add_user(db, body, tasks)
+    user = await add_user(db, body)
+    welcome(user)
+    return user
 
 
 @auth.post("/login")
@@ -697,7 +739,7 @@ async def logout(session: CurrentSession, db: WriteDB, everywhere: bool = False)
 @auth.get("/verify", response_class=Response)
 async def verify(me: CurrentUser, role: Role | None = None) -> Response:
     """For a proxy that guards another app: who is this, and do they have that role?"""
-    if role not in (None, me.role):
+    if role == "admin" and not me.is_superuser:
         raise Refusal("INSUFFICIENT_PERMISSIONS")
     email = quote(me.email, safe=string.punctuation)
     who = {"Remote-User": str(me.id), "Remote-Groups": me.role, "Remote-Email": email}
@@ -744,11 +786,12 @@ async def list_users(
 
 
 @users.post("", status_code=201, response_model=UserRead, dependencies=[ForSuperusers])
-async def create_user(
-    body: UserCreateByAdmin, db: WriteDB, tasks: BackgroundTasks, send_welcome: bool = False
-) -> User:
+async def create_user(body: UserCreateByAdmin, db: WriteDB, send_welcome: bool = False) -> User:
     """Make an account for somebody."""
-    return await add_user(db, body, tasks if send_welcome else None)
+    user = await add_user(db, body)
+    if send_welcome:
+        welcome(user)
+    return user
 
 
 @users.get("/{user}", response_model=UserRead | UserPublic)
@@ -925,6 +968,9 @@ def set_up_logging() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
+    # Of a WebSocket uvicorn would log the query, and python_multipart logs pieces of bodies.
+    logging.getLogger("uvicorn.error").addFilter(lambda r: "WebSocket" not in str(r.msg))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     if settings.log_level == "debug":
         logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
 
@@ -955,17 +1001,25 @@ async def prepare_database() -> None:
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
     set_up_logging()
     try:
-        signing_key()
         await prepare_database()
+        signing_key()
     except Exception as error:
-        log.critical("DATABASE_URL: the database cannot be used: %s", str(error).partition("\n")[0])
+        reason = str(error).partition("\n")[0]
+        log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
         os._exit(3)  # raising would print a traceback after this line
     yield
+    await to_thread.run_sync(last_mails, 1.0)
     await readers.dispose()
     await writer.dispose()
+
+
+async def rehearse() -> None:
+    """With several workers uvicorn itself would end with status 0 when none of them can start."""
+    async with lifespan(None):
+        log.info("The database is ready for %d workers", settings.workers)
 
 
 app = FastAPI(
@@ -993,6 +1047,8 @@ if not settings.production:
 
 if __name__ == "__main__":
     set_up_logging()
+    if settings.workers > 1:
+        asyncio.run(rehearse())
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     if not settings.production:
         print(f"Nutshell will be at http://{settings.host}:{settings.port} - try /docs", flush=True)

@@ -388,6 +388,10 @@ WRONG_SETTINGS = [
     ({"ENVIRONMENT": "staging"}, "ENVIRONMENT='staging': "),
     ({"ENVIRONMENT": "production"}, "SECRET_KEY: must be set"),
     ({"SECRET_KEY": "too short"}, "SECRET_KEY: must have at least 32 bytes"),
+    ({"SECRET_KEY": "\udcff" * 40}, "SECRET_KEY: "),
+    ({"DATABASE_URL": "postgresql+asyncpg://u:p@ss:hunter2@h/x"}, "DATABASE_URL: must be a URL"),
+    ({"DATABASE_URL": "sqlite+aiosqlite:///./a.db?timeout=abc"}, "DATABASE_URL: must be a URL"),
+    ({"DATABASE_URL": "sqlite+aiosqlite:///file:x?mode=memory&uri=true"}, "name a file"),
     ({"DATABASE_URL": "postgresql+asyncpg://u:hunter2@localhost/x"}, "SECRET_KEY: must be set"),
     ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL: must be"),
     ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL: must be"),
@@ -457,7 +461,7 @@ def test_postgresql_without_its_driver_ends_the_start_with_one_clear_line(
     monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x")
     with pytest.raises(SystemExit):
         main.read_settings()
-    line = "DATABASE_URL: needs a package that is not installed: "
+    line = "DATABASE_URL: needs a package: "
     assert capsys.readouterr().err == f"{line}pip install asyncpg\n"
 
 
@@ -468,8 +472,9 @@ def test_postgresql_without_its_driver_ends_the_start_with_one_clear_line(
         {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/app.db", "SECRET_KEY": KEY},
         {"DATABASE_URL": "sqlite+aiosqlite:////dev/null", "SECRET_KEY": KEY},
         {"DATABASE_URL": "postgresql+asyncpg://u:hunter2@127.0.0.1:1/x", "SECRET_KEY": KEY},
+        {"DATABASE_URL": "sqlite+aiosqlite:////dev/null", "SECRET_KEY": KEY, "WORKERS": "2"},
     ],
-    ids=["no folder for the key", "no folder", "no database", "no server"],
+    ids=["no folder for the key", "no folder", "no database", "no server", "two workers"],
 )
 def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
     tmp_path: Path, settings: dict[str, str]
@@ -478,7 +483,7 @@ def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
         pytest.importorskip("asyncpg")
     ended = run_main(tmp_path, **settings)
     assert ended.returncode == 3
-    assert ended.stderr.splitlines()[-1].count("DATABASE_URL: the database cannot be used: ") == 1
+    assert "DATABASE_URL: the database or the key" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert "hunter2" not in ended.stderr
 
@@ -489,6 +494,31 @@ def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (3, 1)
     assert ended.stderr.startswith("WORKERS='none': ")
+
+
+def test_an_env_file_that_is_not_utf_8_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes("PORT=8123".encode("utf-16"))
+    with pytest.raises(SystemExit):
+        main.read_settings()
+    assert capsys.readouterr().err == ".env: must be UTF-8\n"
+
+
+@pytest.mark.parametrize("secret", ["-----BEGIN PUBLIC KEY-----", "ssh-rsa ", '{"keys": []}'])
+def test_a_secret_key_may_look_like_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    import main
+
+    secret = secret.ljust(40, "x")
+    monkeypatch.setattr(main.settings, "secret_key", secret)
+    signed = jwt.encode({"a": 1}, main.signing_key.__wrapped__(), "HS256")
+    digest = hmac.new(secret.encode(), signed.rpartition(".")[0].encode(), hashlib.sha256).digest()
+    assert signed.endswith(base64.urlsafe_b64encode(digest).decode().rstrip("="))
 
 
 def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(
@@ -507,7 +537,7 @@ def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(
     service = start(SECRET_KEY="unset", DATABASE_URL="unset", BCRYPT_ROUNDS="unset", **empty)
     person = sign_up(service)
     assert person.id == 1
-    eventually(lambda: f"To: {person.email}" in service.log.read_text())  # the mail is printed
+    eventually(lambda: f"Mail to\n{person.email}\n" in service.log.read_text())
     kept = service.folder / "app.db.key"
     assert len(kept.read_text()) >= 32
     assert kept.stat().st_mode & 0o777 == 0o600
@@ -602,6 +632,16 @@ def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> 
     lines = [json.loads(line) for line in service.log.read_text().splitlines()]
     assert {"time", "level", "message"} <= lines[0].keys()
     assert lines[-1]["message"] == "mail not sent: SMTP_URL is not set"
+
+
+def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[..., Service]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        service = start(SMTP_URL=f"smtp://127.0.0.1:{deaf.getsockname()[1]}")
+        register(service)
+        began = time.monotonic()
+        assert service.stop() in (0, -signal.SIGTERM)
+        assert time.monotonic() - began < 4
+    assert "Traceback" not in service.log.read_text()
 
 
 def test_sigterm_lets_a_slow_request_finish_and_ends_without_a_traceback(
@@ -773,6 +813,7 @@ JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "nothing": (b"", {}),
+    "100,000 fields": (json.dumps(dict.fromkeys(map(str, range(100_000)))).encode(), JSON),
     "nothing, called JSON": (b"", JSON),
     "a NUL": (
         b'{"email":"a\\u0000@b.co","password":"\\u0000aaaaaaaaa","first_name":"\\u0000"}',
@@ -1135,6 +1176,14 @@ def test_a_refused_login_does_not_tell_why(service: Service) -> None:
         assert body["error_code"] == "INVALID_CREDENTIALS"
 
 
+def test_a_login_with_an_endless_email_holds_up_nobody(service: Service) -> None:
+    form = {"username": "a" + "\u0301\u0327" * 100_000 + "@example.com", "password": "x" * 10}
+    files = {name: (None, value) for name, value in form.items()}
+    began = time.monotonic()
+    assert service.client.post("/auth/login", files=files).status_code == 401
+    assert time.monotonic() - began < 2
+
+
 def test_a_refused_login_takes_the_same_time_whatever_the_reason(
     start: Callable[..., Service],
 ) -> None:
@@ -1466,7 +1515,7 @@ WHOLE = PUBLIC | {
 TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
     ("POST", "/auth/logout", None, (401, 204, 204, 204)),
     ("GET", "/auth/verify", None, (401, 200, 200, 200)),
-    ("GET", "/auth/verify?role=user", None, (401, 200, 200, 403)),
+    ("GET", "/auth/verify?role=user", None, (401, 200, 200, 200)),
     ("GET", "/auth/verify?role=admin", None, (401, 403, 403, 200)),
     ("GET", "/users/{user}", None, (401, 200, 200, 200)),
     ("GET", "/users/me", None, (401, 200, 200, 200)),
@@ -1672,9 +1721,8 @@ def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         port = deaf.getsockname()[1] if failure == "silent" else free_port()
-        service = start(
-            SMTP_URL=f"smtp://user:hunter2@127.0.0.1:{port}", MAIL_FROM="us@example.com"
-        )
+        settings = {"SMTP_URL": f"smtp://user:hunter2@127.0.0.1:{port}"}
+        service = start(**settings, MAIL_FROM="us@example.com")
         began = time.monotonic()
         email = register(service).json()["email"]
         assert time.monotonic() - began < 2
