@@ -182,9 +182,11 @@ def read_settings() -> Settings:
         problem = error.errors()[0]
         line = problem["msg"].removeprefix("Value error, ")
         if problem["loc"]:
-            name = str(problem["loc"][0]).upper()
-            secret = name.endswith(("_KEY", "_URL", "_PASSWORD"))  # a URL may hold a password
-            line = f"{name}: {line}" if secret else f"{name}={problem['input']!r}: {line}"
+            name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
+            if name.endswith("_URL"):  # it may hold a password: no more than its scheme is shown
+                value = value.partition("://")[0] + "://…'" if "://" in value else "…"
+            secret = name.endswith(("_KEY", "_PASSWORD"))
+            line = f"{name}: {line}" if secret else f"{name}={value}: {line}"
     print(line, file=sys.stderr)
     raise SystemExit(3)  # to uvicorn 3 means: do not start this worker again
 

@@ -389,13 +389,19 @@ WRONG_SETTINGS = [
     ({"ENVIRONMENT": "production"}, "SECRET_KEY: must be set"),
     ({"SECRET_KEY": "too short"}, "SECRET_KEY: must have at least 32 bytes"),
     ({"SECRET_KEY": "\udcff" * 40}, "SECRET_KEY: "),
-    ({"DATABASE_URL": "postgresql+asyncpg://u:p@ss:hunter2@h/x"}, "DATABASE_URL: must be a URL"),
-    ({"DATABASE_URL": "sqlite+aiosqlite:///./a.db?timeout=abc"}, "DATABASE_URL: must be a URL"),
+    (
+        {"DATABASE_URL": "postgresql+asyncpg://u:p@ss:hunter2@h/x"},
+        "must be a URL, its password percent-encoded",
+    ),
+    (
+        {"DATABASE_URL": "sqlite+aiosqlite:///./a.db?timeout=abc"},
+        "must be a URL, its password percent-encoded",
+    ),
     ({"DATABASE_URL": "sqlite+aiosqlite:///file:x?mode=memory&uri=true"}, "name a file"),
     ({"DATABASE_URL": "postgresql+asyncpg://u:hunter2@localhost/x"}, "SECRET_KEY: must be set"),
-    ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL: must be"),
-    ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL: must be"),
-    ({"DATABASE_URL": "sqlite+aiosqlite://"}, "DATABASE_URL: must be"),
+    ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL='mysql://…': must be"),
+    ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL='sqlite://…': must be"),
+    ({"DATABASE_URL": "hunter2@app.db"}, "DATABASE_URL=…: must be"),
     ({"DATABASE_URL": "sqlite+aiosqlite:///:memory:"}, "a :memory: of its own; name a file"),
     ({"PORT": "abc"}, "PORT='abc': "),
     ({"PORT": "70000"}, "PORT='70000': "),
@@ -416,9 +422,9 @@ WRONG_SETTINGS = [
         {"FIRST_SUPERUSER_EMAIL": "a@b.co", "FIRST_SUPERUSER_PASSWORD": "hunter2"},
         "FIRST_SUPERUSER_PASSWORD: String should have at least 8 characters",
     ),
-    ({"SMTP_URL": "hunter2@localhost"}, "SMTP_URL: String should match pattern"),
+    ({"SMTP_URL": "hunter2@localhost"}, ": String should match pattern"),
     ({"HOST": "nowhere.example"}, "HOST='nowhere.example': "),
-    ({"SMTP_URL": "http://u:hunter2@localhost"}, "SMTP_URL: String should match pattern"),
+    ({"SMTP_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
     ({"MAIL_FROM": "nobody"}, "MAIL_FROM='nobody': "),
     ({"LOG_LEVEL": "loud"}, "LOG_LEVEL='loud': "),
 ]
@@ -461,7 +467,7 @@ def test_postgresql_without_its_driver_ends_the_start_with_one_clear_line(
     monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x")
     with pytest.raises(SystemExit):
         main.read_settings()
-    line = "DATABASE_URL: needs a package: "
+    line = "DATABASE_URL='postgresql+asyncpg://…': needs a package: "
     assert capsys.readouterr().err == f"{line}pip install asyncpg\n"
 
 
