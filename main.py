@@ -99,7 +99,7 @@ def uncommon(password: str) -> str:
     return password
 
 
-EmailRules = Field(max_length=254, schema_extra={"format": "email"})
+EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
 Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
