@@ -940,8 +940,10 @@ class Guard:
             if int(Headers(scope=scope).get("content-length", 0)) > MAX_BODY_BYTES:
                 raise Refusal("BODY_TOO_LARGE")
             await self.app(scope, receive_some, send)
-        except Exception as error:
-            if not isinstance(error, Refusal):
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):  # a stop has waited for it long enough
+                error = Refusal("UNAVAILABLE")
+            elif not isinstance(error, Refusal):
                 log.exception("nobody caught this")
                 error = Refusal("INTERNAL_ERROR")
             answer = await on_refusal(Request(scope), error)

@@ -666,20 +666,26 @@ def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[...,
     assert "Traceback" not in service.log.read_text()
 
 
-def test_sigterm_lets_a_slow_request_finish_and_ends_without_a_traceback(
+def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
     start: Callable[..., Service],
 ) -> None:
     service = start(BCRYPT_ROUNDS="13")
-    idle = socket.create_connection(("127.0.0.1", service.port))
-    with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(register, service, email="slow@example.com")
-        time.sleep(0.15)
-        began = time.monotonic()
-        service.process.send_signal(signal.SIGTERM)
-        assert slow.result().status_code == 201
+    body = json.dumps({"email": "slow@example.com", "password": PASSWORD}).encode()
+    head = b"POST /api/v1/auth/register HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    connections = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(3)]
+    slow, stuck, _idle = connections
+    slow.sendall(head + body)
+    stuck.sendall(head + body[:5])
+    service.client.get(f"{service.address}/health")  # once this is answered, they were read
+    began = time.monotonic()
+    service.process.send_signal(signal.SIGTERM)
+    assert slow.recv(1000).startswith(b"HTTP/1.1 201 ")
+    assert stuck.recv(1000).startswith(b"HTTP/1.1 503 ")
     assert service.process.wait(10) in (0, -signal.SIGTERM)
     assert time.monotonic() - began < 7
-    idle.close()
+    for connection in connections:
+        connection.close()
     assert service.sql("SELECT count(*) FROM user WHERE email='slow@example.com'") == [(1,)]
     assert "Traceback" not in service.log.read_text()
 
