@@ -279,6 +279,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
     yield start_one
     for running in started:
+        running.client.close()
         if running.process.poll() is None:
             running.stop()
 
