@@ -845,7 +845,7 @@ JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "nothing": (b"", {}),
-    "100,000 fields": (json.dumps(dict.fromkeys(map(str, range(100_000)))).encode(), JSON),
+    "50,000 fields": (json.dumps(dict.fromkeys(map(str, range(50_000)))).encode(), JSON),
     "nothing, called JSON": (b"", JSON),
     "a NUL": (
         b'{"email":"a\\u0000@b.co","password":"\\u0000aaaaaaaaa","first_name":"\\u0000"}',
@@ -897,6 +897,7 @@ def test_bad_bodies_are_refused_by_every_route(service: Service, bad: str) -> No
     ):
         answer = caller.request(method, path, content=body, headers=headers)
         assert 400 <= answer.status_code < 500, (path, answer.text)
+        assert len(answer.content) < 5_000
     assert person.api.get("/users/me").status_code == 200
 
 
@@ -1238,16 +1239,18 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
 def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
     start: Callable[..., Service],
 ) -> None:
-    service = start(BCRYPT_ROUNDS="13")
+    service = start(BCRYPT_ROUNDS="14")
     person = sign_in_admin(service)
     with ThreadPoolExecutor(5) as pool:
-        hashing = [pool.submit(log_in, service, **ADMIN) for _ in range(4)]
-        hashing.append(pool.submit(register, service))
+        wrong = {"email": new_email(), "current_password": "wrong password"}
+        hashing = [pool.submit(log_in, service, **ADMIN) for _ in range(2)]
+        hashing += [pool.submit(person.api.patch, "/users/me", json=wrong) for _ in range(2)]
+        hashing += [pool.submit(register, service)]
         reads = [person.api.get("/users/me").status_code for _ in range(10)]
         write = person.api.patch("/users/me", json={"bio": "x"}).status_code
-        assert not all(one.done() for one in hashing)
+        assert not any(one.done() for one in hashing)
         assert {*reads, write} == {200}
-        assert {one.result().status_code for one in hashing} == {200, 201}
+        assert {one.result().status_code for one in hashing} == {200, 403, 201}
 
 
 def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
