@@ -98,6 +98,18 @@ def check_answer(response: httpx.Response) -> None:
         SECRETS.update(json.loads(body)[name] for name in ("access_token", "refresh_token"))
 
 
+processes: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_stays_behind() -> Iterator[None]:
+    """Servers of tests that failed would run for ever."""
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 class Service:
     """A server with a database, a folder and settings of its own."""
 
@@ -132,6 +144,7 @@ class Service:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log
             )
+        processes.append(self.process)
         self.client = httpx.Client(
             base_url=f"{self.address}/api/v1",
             timeout=30,
@@ -1239,14 +1252,14 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
 def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
     start: Callable[..., Service],
 ) -> None:
-    service = start(BCRYPT_ROUNDS="14")
+    service = start(BCRYPT_ROUNDS="13")
     person = sign_in_admin(service)
     with ThreadPoolExecutor(5) as pool:
         wrong = {"email": new_email(), "current_password": "wrong password"}
         hashing = [pool.submit(log_in, service, **ADMIN) for _ in range(2)]
         hashing += [pool.submit(person.api.patch, "/users/me", json=wrong) for _ in range(2)]
         hashing += [pool.submit(register, service)]
-        reads = [person.api.get("/users/me").status_code for _ in range(10)]
+        reads = [person.api.get("/users/me").status_code for _ in range(5)]
         write = person.api.patch("/users/me", json={"bio": "x"}).status_code
         assert not any(one.done() for one in hashing)
         assert {*reads, write} == {200}
@@ -1270,7 +1283,7 @@ def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
 def test_a_login_that_waits_while_its_account_changes_is_refused(
     start: Callable[..., Service],
 ) -> None:
-    service = start(BCRYPT_ROUNDS="12")
+    service = start(BCRYPT_ROUNDS="11")
     closed, changed = sign_up(service), sign_up(service)
     admin = sign_in_admin(service)
     with ThreadPoolExecutor(20) as pool:
@@ -1931,10 +1944,11 @@ def test_a_locked_database_is_503_for_writers_and_open_to_readers(
         other.execute("BEGIN EXCLUSIVE")
         with ThreadPoolExecutor(2) as pool:
             change = partial(person.api.patch, "/users/me", json={"bio": "x"})
-            writes = [pool.submit(change) for _ in range(2)]  # one waits for the lock, one for it
+            # One waits 5 s for the lock; of two, the other waits as long for the first.
+            writes = [pool.submit(change) for _ in range(2 if FULL else 1)]
             assert person.api.get("/users/me").json()["bio"] is None
             assert service.client.get(f"{service.address}/health").status_code == 200
-            assert [write.result().status_code for write in writes] == [503, 503]
+            assert {write.result().status_code for write in writes} == {503}
         other.execute("ROLLBACK")
     assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
 
