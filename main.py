@@ -501,7 +501,8 @@ def signing_key() -> Any:
         secret = kept.read_text().strip()
         if len(secret) < 32:
             raise ValueError(f"the key in {kept} is shorter than 32 bytes")
-    encoded = base64.urlsafe_b64encode(secret.encode())  # so that jose does not look what it is
+    # As plain text jose would refuse a secret that looks like a public key.
+    encoded = base64.urlsafe_b64encode(secret.encode())
     return jwk.construct({"kty": "oct", "k": encoded.decode()}, "HS256")
 
 
@@ -636,8 +637,6 @@ def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
 
 ForSuperusers = Depends(require_role("admin"))
 Superuser = Annotated[User, ForSuperusers]
-
-
 LoginForm = Annotated[OAuth2PasswordRequestForm, Depends()]
 
 
