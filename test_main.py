@@ -592,6 +592,20 @@ def test_a_kept_key_that_is_too_short_ends_the_start(tmp_path: Path) -> None:
     assert "app.db.key is shorter than 32 bytes" in ended.stderr
 
 
+def test_of_keys_made_at_once_the_first_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import main
+
+    monkeypatch.setattr(main.settings, "secret_key", None)
+    for turn in range(10):
+        url = f"sqlite+aiosqlite:///{tmp_path}/{turn}.db"
+        monkeypatch.setattr(main.settings, "database_url", url)
+        keys = at_once(8, lambda _: main.signing_key.__wrapped__().to_dict()["k"])
+        assert len(set(keys)) == 1
+    assert {file.name for file in tmp_path.iterdir()} == {f"{n}.db.key" for n in range(10)}
+
+
 @pytest.mark.parametrize("turn", range(10 if FULL else 1))
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_four_processes_that_start_on_one_empty_database_all_serve(
@@ -1173,6 +1187,14 @@ def test_weak_and_endless_passwords_are_refused(service: Service, password: str)
     assert register(service, password="password123").status_code == 201
 
 
+def test_a_digest_that_begins_with_nul_is_told_from_another(service: Service) -> None:
+    words = (f"password {number}" for number in count())
+    nul_first = (w for w in words if not hashlib.sha256(w.encode()).digest()[0])
+    one, other = next(nul_first), next(nul_first)
+    person = sign_up(service, password=one)
+    assert log_in(service, person.email, other).status_code == 401
+
+
 def test_tokens_say_what_they_must(service: Service) -> None:
     answer = log_in(service, sign_up(service).email)
     tokens = answer.json()
@@ -1515,6 +1537,13 @@ def test_old_tokens_are_refused_on_the_very_next_request(service: Service) -> No
     assert log_in(service, deactivated.email).status_code == 200
 
 
+def test_who_is_deactivated_behind_the_service_is_refused(service: Service) -> None:
+    person = sign_up(service)
+    service.sql(f"""UPDATE "user" SET is_active = false WHERE id = {person.id}""")
+    assert person.api.get("/users/me").status_code == 401
+    assert refresh(service, person.tokens["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
+
+
 def test_an_old_token_does_not_fit_the_next_person(service: Service) -> None:
     newest = sign_up(service)
     sign_in_admin(service).api.delete(f"/users/{newest.id}")
@@ -1826,6 +1855,27 @@ def test_superusers_choose_whether_a_welcome_is_sent(
     assert not mail_server.mails_to(silent)
 
 
+def test_mail_is_encrypted_where_the_server_offers_it(start: Callable[..., Service]) -> None:
+    said: list[bytes] = []
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"220 here\r\n")
+            connection.recv(1000)
+            connection.sendall(b"250-here\r\n250 STARTTLS\r\n")
+            said.append(connection.recv(1000))
+            connection.sendall(b"220 go on\r\n")
+            said.append(connection.recv(1))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        service = start(SMTP_URL=f"smtp://127.0.0.1:{server.getsockname()[1]}")
+        register(service)
+        eventually(lambda: "mail not sent: " in service.log.read_text(), 8)
+    assert said == [b"STARTTLS\r\n", b"\x16"]  # the first byte of TLS, and no mail
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
 def test_smtps_is_encrypted_and_sends_the_password(
     start: Callable[..., Service], tmp_path: Path
@@ -1975,6 +2025,17 @@ def test_a_lock_that_postgresql_does_not_give_is_503(tmp_path: Path) -> None:
     assert asyncio.run(patch_while_locked()).status_code == 503
     assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
     service.stop()
+
+
+def test_health_waits_a_second_for_a_database_that_hangs(start: Callable[..., Service]) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    service = start()
+    with (service.folder / "app.db-shm").open("r+b") as shared:
+        fcntl.lockf(shared, fcntl.LOCK_EX, 8, 120)  # all the locks that SQLite's WAL knows
+        began = time.monotonic()
+        assert service.client.get(f"{service.address}/health").status_code == 503
+        assert 0.9 < time.monotonic() - began < 2
+    eventually(lambda: service.client.get(f"{service.address}/health").status_code == 200, 12)
 
 
 def test_a_health_check_is_answered_under_load(service: Service) -> None:
