@@ -602,15 +602,19 @@ def last_mails(seconds: float) -> None:
 bearer = OAuth2PasswordBearer(f"{API}/auth/login", auto_error=False)
 
 
+async def live_session(db: AsyncSession, claims: Claims) -> LoginSession:
+    """The session that a token names, while it and its user are there and active."""
+    session = await db.get(LoginSession, claims.sid)
+    if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
+        raise Refusal("INVALID_TOKEN")
+    return session
+
+
 async def current_session(
     token: Annotated[str | None, Depends(bearer)], db: ReadDB
 ) -> LoginSession:
-    """The session that the token names."""
-    claims = read_token(token or "", "access")
-    session = await db.get(LoginSession, claims.sid)
+    session = await live_session(db, read_token(token or "", "access"))
     await db.close()  # gives the connection back: hashing a password may follow
-    if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
-        raise Refusal("INVALID_TOKEN")
     return session
 
 
@@ -717,9 +721,7 @@ async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: 
         .where(col(LoginSession.id) == claims.sid, col(LoginSession.refresh_jti) == claims.jti)
         .values(refresh_jti=secrets.token_urlsafe(), previous_jti=claims.jti, rotated_at=moment)
     )
-    session = await db.get(LoginSession, claims.sid)
-    if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
-        raise Refusal("INVALID_TOKEN")
+    session = await live_session(db, claims)
     again = session.previous_jti == claims.jti and moment - session.rotated_at <= REFRESH_GRACE
     if replaced.rowcount == 0 and not again:
         await db.delete(session)
@@ -967,6 +969,11 @@ class JsonLine(logging.Formatter):
         return json.dumps(line)
 
 
+def without_query(record: logging.LogRecord) -> bool:
+    """Of a WebSocket uvicorn logs the query, where a token may stand."""
+    return "WebSocket" not in str(record.msg)
+
+
 def set_up_logging() -> None:
     """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
     level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
@@ -976,9 +983,8 @@ def set_up_logging() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
-    # Of a WebSocket uvicorn would log the query, and python_multipart logs pieces of bodies.
-    logging.getLogger("uvicorn.error").addFilter(lambda r: "WebSocket" not in str(r.msg))
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").addFilter(without_query)  # once, however often this runs
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs pieces of bodies
     if settings.log_level == "debug":
         logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
 
