@@ -98,6 +98,13 @@ def check_answer(response: httpx.Response) -> None:
         SECRETS.update(json.loads(body)[name] for name in ("access_token", "refresh_token"))
 
 
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """These settings and no others; what is "unset" is left out."""
+    ours = {name.upper() for name in settings_class().model_fields}
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    return inherited | {name: value for name, value in settings.items() if value != "unset"}
+
+
 processes: list[subprocess.Popen[bytes]] = []
 
 
@@ -131,18 +138,11 @@ class Service:
         self.settings = usual | settings
         self.start()
 
-    def environment(self) -> dict[str, str]:
-        ours = {name.upper() for name in settings_class().model_fields}
-        inherited = {name: value for name, value in os.environ.items() if name not in ours}
-        return inherited | {
-            name: value for name, value in self.settings.items() if value != "unset"
-        }
-
     def start(self) -> None:
         command = [sys.executable, str(HERE / "main.py")]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment(), stdout=log, stderr=log
+                command, cwd=self.folder, env=environment(self.settings), stdout=log, stderr=log
             )
         processes.append(self.process)
         self.client = httpx.Client(
@@ -399,11 +399,14 @@ def raw_token(
 
 def run_main(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """Starts a server that should not start."""
-    ours = {name.upper() for name in settings_class().model_fields}
-    environment = {k: v for k, v in os.environ.items() if k not in ours} | settings
     command = [sys.executable, str(HERE / "main.py")]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=20
+        command,
+        cwd=folder,
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
 
 
@@ -524,8 +527,8 @@ def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
 
 def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "main:app"]
-    environment = os.environ | {"WORKERS": "none"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    variables = os.environ | {"WORKERS": "none"}
+    ended = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (3, 1)
     assert ended.stderr.startswith("WORKERS='none': ")
 
@@ -1958,9 +1961,9 @@ async def show():
         await engine.dispose()
 asyncio.run(show())
 """
-    environment = os.environ | {"PYTHONPATH": str(HERE), "DATABASE_URL": "sqlite+aiosqlite:///a.db"}
+    variables = os.environ | {"PYTHONPATH": str(HERE), "DATABASE_URL": "sqlite+aiosqlite:///a.db"}
     command = [sys.executable, "-c", script]
-    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    shown = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert shown.stdout == "5000 wal 2 1 " * 2, shown.stderr
 
 
