@@ -7,9 +7,10 @@ Read it from top to bottom: nothing is used above the line that defines it.
     Tables        what is stored, what comes in, what goes out
     Database      many readers, one writer
     Security      passwords, the signing key, tokens
+    Live events   a log that listeners follow
     Mail          sent in the background
     Dependencies  who is asking, and may they?
-    Routes        accounts and tokens, users, health and docs
+    Routes        accounts and tokens, users, posts, comments, live, health and docs
     Front door    what every request passes
     Assembly      the parts put together, and the server
 """
@@ -22,44 +23,50 @@ import logging
 import os
 import re
 import secrets
+import signal
 import smtplib
 import sqlite3
 import ssl
 import string
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from threading import BoundedSemaphore, Thread
+from threading import BoundedSemaphore, Thread, current_thread, main_thread
 from threading import enumerate as threads
 from time import perf_counter
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import bcrypt
 import uvicorn
 from anyio import CapacityLimiter, to_thread
 from email_validator import validate_email
-from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
-from pydantic.functional_validators import field_validator, model_validator
+from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
 from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
+from pydantic_core import to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import Connection, delete, event, func, make_url, update
+from sqlalchemy import Column, Connection, Integer, delete, event, func, make_url, or_, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import AutoString, Field, Relationship, SQLModel, col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.datastructures import Headers
@@ -67,6 +74,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+from uvicorn.server import HANDLED_SIGNALS
 
 API = "/api/v1"
 log = logging.getLogger("nutshell")
@@ -82,6 +91,7 @@ def now() -> datetime:
 # there again. A wrong value ends the start with one line: the name, the value, the rule.
 
 TEXT = r"^[^\x00]*$"
+NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
     00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1"""
 
@@ -129,6 +139,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
     smtp_url: SmtpUrl | None = None
     mail_from: Email | None = None
+    admin_email: Email | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
 
     @field_validator("forwarded_allow_ips", "cors_origins", mode="before")
@@ -213,6 +224,7 @@ REFUSALS = {
     "UNAVAILABLE": (503, "The service is busy, try again"),
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+DATABASE_ERRORS = (DBAPIError, PoolTimeoutError, sqlite3.Error, OSError)
 REFUSAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
@@ -277,7 +289,21 @@ Bio = Annotated[str | None, Field(max_length=2_000), StringConstraints(pattern=T
 AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress]
 Role = Literal["user", "admin"]
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Title = Annotated[str, Field(min_length=1, max_length=255), OneLine]
+Content = Annotated[str, Field(max_length=100_000), StringConstraints(pattern=NOT_BLANK)]
+Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
+CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed]
+Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
 Item = TypeVar("Item")
+
+
+class Stored(SQLModel):
+    """What has an id of its own."""
+
+    __table_args__ = {"sqlite_autoincrement": True}  # no id is ever given to something else
+
+    id: int = Field(default=None, primary_key=True)
+    created_at: datetime = Field(default_factory=now)
 
 
 class Body(SQLModel):
@@ -323,17 +349,13 @@ class UserUpdate(Person):
     is_active: bool = Field(default=None)
 
 
-class User(Person, table=True):
-    __table_args__ = {"sqlite_autoincrement": True}  # an id is never given to a second person
-
-    id: int = Field(default=None, primary_key=True)
+class User(Person, Stored, table=True):
     email: Email = Field(unique=True)
     hashed_password: str
     bio: Bio = None
     avatar_url: AvatarUrl = None
     role: Role = Field(default="user", sa_type=AutoString)
     is_active: bool = True
-    created_at: datetime = Field(default_factory=now)
     updated_at: datetime = Field(default_factory=now, sa_column_kwargs={"onupdate": now})
 
     @property
@@ -390,6 +412,64 @@ class Tokens(BaseModel):
     expires_in: int
 
 
+class PostCreate(Body):
+    title: Title
+    content: Content
+    is_published: bool = False
+
+
+class PostUpdate(Body):
+    """All may be left out. A version that is sent must be the current one."""
+
+    title: Title = Field(default=None)
+    content: Content = Field(default=None)
+    version: int = Field(default=None)
+
+
+VERSION = Column("version", Integer, nullable=False)
+
+
+class Post(PostCreate, Stored, table=True):
+    __mapper_args__ = {"version_id_col": VERSION}  # each change adds one, and finds the one before
+
+    is_published: bool = Field(default=False, index=True)
+    version: int = Field(default=None, sa_column=VERSION)
+    updated_at: datetime = Field(default_factory=now, sa_column_kwargs={"onupdate": now})
+    author_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
+
+
+class Author(SQLModel):
+    id: int
+    full_name: str
+
+
+class PostRead(PostCreate):
+    id: int
+    is_published: bool
+    version: int
+    author: Author
+    created_at: datetime
+    updated_at: datetime
+
+
+class CommentCreate(Body):
+    text: CommentText
+
+
+class Comment(CommentCreate, Stored, table=True):
+    author_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    post_id: int = Field(foreign_key="post.id", ondelete="CASCADE", index=True)
+    author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
+
+
+class CommentRead(CommentCreate):
+    id: int
+    author: Author
+    post_id: int
+    created_at: datetime
+
+
 class PageQuery(BaseModel):
     page: int = Field(default=1, ge=1, le=2**31 - 1)
     size: int = Field(default=20, ge=1, le=100)
@@ -399,10 +479,44 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-class Page(PageQuery, Generic[Item]):
+def first_moment(text: str) -> datetime:
+    """A time, or of a date its first moment; UTC where no zone is given."""
+    moment = datetime.fromisoformat(text)
+    try:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError("is before or after all time") from None
+
+
+def last_moment(text: str) -> datetime:
+    """A time, or of a date its last moment."""
+    with suppress(ValueError):
+        return datetime.combine(date.fromisoformat(text), time.max, UTC)
+    return first_moment(text)
+
+
+class PostQuery(PageQuery):
+    author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
+    min_date: Annotated[datetime | None, BeforeValidator(first_moment)] = None
+    max_date: Annotated[datetime | None, BeforeValidator(last_moment)] = None
+    sort: Sort | None = None
+    before: Id | None = None
+
+    @model_validator(mode="after")
+    def by_key_or_by_page(self) -> "PostQuery":
+        if self.before and self.model_fields_set & {"page", "sort"}:
+            raise ValueError("before goes with neither page nor sort")
+        return self
+
+
+class Page(BaseModel, Generic[Item]):
+    """Of a page that was found by its key nobody knows the number."""
+
     items: list[Item]
-    total: int
-    pages: int
+    total: int | None = None
+    page: int | None = None
+    size: int
+    pages: int | None = None
 
 
 # --- Database -------------------------------------------------------------------------------------
@@ -545,6 +659,93 @@ def read_token(token: str, kind: str) -> Claims:
     raise Refusal("INVALID_TOKEN")
 
 
+# --- Live events ----------------------------------------------------------------------------------
+# A hub is a log of the last events. Every listener keeps its own place in it, so that what was
+# missed and what is new are read by the same lines. There are no queues: who is too slow falls out
+# of the log and is dropped, and delays nobody.
+
+PATIENCE_SECONDS = 10.0  # for a client that does not speak or read; and between signs of life
+MAX_LISTENERS = 1_000
+
+
+class Event(NamedTuple):
+    id: str
+    kind: str
+    post_id: int
+    data: str  # JSON
+
+
+class Hub:
+    def __init__(self) -> None:
+        self.run = secrets.token_hex(4)
+        self.log: deque[Event] = deque(maxlen=1_000)
+        self.count = 0  # of all events so far, and so the place behind the newest
+        self.news = asyncio.Event()
+        self.listeners = 0
+        self.closed = False
+
+    def add(self, kind: str, post_id: int, data: Any) -> None:
+        self.count += 1
+        event_id = f"{self.run}-{self.count}"
+        self.log.append(Event(event_id, kind, post_id, to_json(data).decode()))
+        self.wake()
+
+    def wake(self) -> None:
+        """Wakes who waits now; who comes later waits for the next event."""
+        self.news.set()
+        self.news = asyncio.Event()
+
+    def close(self) -> None:
+        self.closed = True
+        self.wake()
+
+    def place_after(self, event_id: str) -> int | None:
+        """None for an event of another run, and for one that is no longer in the log."""
+        run, _, number = event_id.partition("-")
+        place = int(number) if run == self.run and re.fullmatch("[0-9]{1,15}", number) else -1
+        return place if self.count - len(self.log) <= place <= self.count else None
+
+    async def next_news(self, place: int, seconds: float) -> None:
+        if place == self.count and not self.closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self.news.wait()
+
+    async def follow(self, place: int, post_id: int | None = None) -> AsyncIterator[list[Event]]:
+        """What comes after that place, as it comes, and every ten seconds an empty list. It ends
+        for who fell out of the log."""
+        pulse = perf_counter() + PATIENCE_SECONDS
+        while not self.closed and self.count - place <= len(self.log):
+            new = [*islice(reversed(self.log), self.count - place)][::-1]
+            place = self.count
+            if found := [event for event in new if post_id in (None, event.post_id)]:
+                yield found
+            if perf_counter() >= pulse:
+                yield []
+                pulse = perf_counter() + PATIENCE_SECONDS
+            await self.next_news(place, pulse - perf_counter())
+
+    @contextmanager
+    def listener(self) -> Iterator[None]:
+        if self.listeners >= MAX_LISTENERS:
+            raise Refusal("UNAVAILABLE", "Too many are listening")
+        self.listeners += 1
+        try:
+            yield
+        finally:
+            self.listeners -= 1
+
+
+events, chat = Hub(), Hub()  # what happens to posts, and what people say in their rooms
+
+
+def announce(kind: str, post: Post, data: Any = None) -> None:
+    """Call it after the commit. What happens to a draft is no news."""
+    if post.is_published:
+        whole = PostRead.model_validate(post).model_dump(exclude={"content"}, mode="json")
+        events.add(kind, post.id, data or whole)
+
+
 # --- Mail -----------------------------------------------------------------------------------------
 # Each mail has a thread that ends with the process, so that a mail server that hangs delays neither
 # an answer nor a stop. What cannot be sent is a line in the log, and not retried.
@@ -600,6 +801,7 @@ def last_mails(seconds: float) -> None:
 # Who is asking, and may they? Every answer is a noun that a route takes as an argument.
 
 bearer = OAuth2PasswordBearer(f"{API}/auth/login", auto_error=False)
+SentToken = Annotated[str | None, Depends(bearer)]
 
 
 async def live_session(db: AsyncSession, claims: Claims) -> LoginSession:
@@ -610,9 +812,7 @@ async def live_session(db: AsyncSession, claims: Claims) -> LoginSession:
     return session
 
 
-async def current_session(
-    token: Annotated[str | None, Depends(bearer)], db: ReadDB
-) -> LoginSession:
+async def current_session(token: SentToken, db: ReadDB) -> LoginSession:
     session = await live_session(db, read_token(token or "", "access"))
     await db.close()  # gives the connection back: hashing a password may follow
     return session
@@ -626,6 +826,17 @@ async def current_user(session: CurrentSession) -> User:
 
 
 CurrentUser = Annotated[User, Depends(current_user)]
+
+
+async def maybe_user(request: Request, token: SentToken, db: ReadDB) -> User | None:
+    """Nobody has to sign in here, but a token that is sent must be good."""
+    if "authorization" not in request.headers:
+        return None
+    return (await current_session(token, db)).user
+
+
+MaybeUser = Annotated[User | None, Depends(maybe_user)]
+ForAnyone: Any = {"security": [{}]}  # to /docs: the token may be left out
 
 
 def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
@@ -659,6 +870,41 @@ async def own_user_id(user_id: UserId, me: CurrentUser) -> int:
 
 
 OwnUserId = Annotated[int, Depends(own_user_id)]
+
+
+def may_change(me: User | None, theirs: Post | Comment) -> bool:
+    return me is not None and (me.is_superuser or me.id == theirs.author_id)
+
+
+async def find_post(db: AsyncSession, post_id: int, me: User | None, hold: bool = False) -> Post:
+    """To all but its author and superusers a draft does not exist. Who holds a post is the only
+    one to write to it, or below it, until the commit."""
+    rows = select(Post).where(Post.id == post_id)
+    post = (await db.exec(rows.with_for_update(of=Post) if hold else rows)).first()
+    if post is None or not (post.is_published or may_change(me, post)):
+        raise Refusal("NOT_FOUND")
+    return post
+
+
+async def visible_post(post_id: Id, me: MaybeUser, db: ReadDB) -> Post:
+    return await find_post(db, post_id, me)
+
+
+async def held_post(post_id: Id, me: CurrentUser, db: WriteDB) -> Post:
+    return await find_post(db, post_id, me, hold=True)
+
+
+VisiblePost = Annotated[Post, Depends(visible_post)]
+HeldPost = Annotated[Post, Depends(held_post)]
+
+
+async def own_post(post: HeldPost, me: CurrentUser) -> Post:
+    if not may_change(me, post):
+        raise Refusal("INSUFFICIENT_PERMISSIONS")
+    return post
+
+
+OwnPost = Annotated[Post, Depends(own_post)]
 
 
 # --- Routes: accounts and tokens ------------------------------------------------------------------
@@ -837,7 +1083,300 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     if user_id == me.id:
         raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
     await db.delete(await hold_user(db, user_id, me))
+    theirs = select(Post).where(Post.author_id == user_id, Post.is_published)
+    gone = (await db.exec(theirs.order_by(col(Post.id)))).all()
     await db.commit()
+    for post in gone:
+        announce("post.deleted", post, {"id": post.id})
+        await asyncio.sleep(0)  # listeners keep up
+
+
+@users.get("/me/posts", response_model=Page[PostRead])
+async def list_own_posts(
+    asked: Annotated[PageQuery, Query()], me: CurrentUser, db: ReadDB
+) -> Page[PostRead]:
+    """Your own posts, newest first, drafts included."""
+    rows = select(Post).where(Post.author_id == me.id).order_by(col(Post.id).desc())
+    return await page_of(db, rows, asked, Page[PostRead])
+
+
+# --- Routes: posts --------------------------------------------------------------------------------
+
+posts = APIRouter(tags=["posts"])
+
+
+def tell_of_publication(post: Post) -> None:
+    announce("post.published", post)
+    if settings.admin_email:
+        what = f'{post.author.full_name} published "{post.title}": {API}/posts/{post.id}\n'
+        send_mail(settings.admin_email, "A post was published", what)
+
+
+@posts.get("", response_model=Page[PostRead], openapi_extra=ForAnyone)
+async def list_posts(
+    asked: Annotated[PostQuery, Query()], me: MaybeUser, db: ReadDB
+) -> Page[PostRead]:
+    """Published posts, newest first. To read on from a post, name it in `before`: that is fast
+    however many there are."""
+    rows = select(Post).where(Post.is_published)
+    if asked.author:
+        names = col(User.first_name), col(User.last_name)
+        fits = or_(*(name.icontains(asked.author, autoescape=True) for name in names))
+        rows = rows.where(col(Post.author_id).in_(select(User.id).where(fits)))
+    if asked.min_date:
+        rows = rows.where(Post.created_at >= asked.min_date)
+    if asked.max_date:
+        rows = rows.where(Post.created_at <= asked.max_date)
+    if asked.sort:
+        order = getattr(Post, asked.sort.removeprefix("-"))
+        rows = rows.order_by(order.desc() if asked.sort.startswith("-") else order)
+    rows = rows.order_by(col(Post.id).desc())
+    if asked.before is None:
+        return await page_of(db, rows, asked, Page[PostRead])
+    items = (await db.exec(rows.where(Post.id < asked.before).limit(asked.size))).all()
+    return Page[PostRead].model_validate({"items": items, "size": asked.size})
+
+
+@posts.post("", status_code=201, response_model=PostRead)
+async def create_post(body: PostCreate, me: CurrentUser, db: WriteDB, response: Response) -> Post:
+    """Write a post: a draft, if you do not publish it at once."""
+    post = Post.model_validate(body, update={"author_id": me.id})
+    db.add(post)
+    await db.commit()
+    set_committed_value(post, "author", me)  # asking for it would cost a round trip
+    if post.is_published:
+        tell_of_publication(post)
+    response.headers["Location"] = f"{API}/posts/{post.id}"
+    return post
+
+
+@posts.get("/{post_id}", response_model=PostRead, openapi_extra=ForAnyone)
+async def get_post(post: VisiblePost) -> Post:
+    """One post; a draft is there for its author and superusers alone."""
+    return post
+
+
+@posts.put("/{post_id}", response_model=PostRead)
+@posts.patch("/{post_id}", response_model=PostRead)
+async def update_post(post: OwnPost, body: PostUpdate, db: WriteDB) -> Post:
+    """Change the fields that are sent. With `version` only if nobody was faster."""
+    if body.version not in (None, post.version):
+        raise Refusal("CONFLICT")
+    values = body.model_dump(exclude_unset=True, exclude={"version"})
+    post.sqlmodel_update(values | {"updated_at": now()})
+    await db.commit()
+    announce("post.updated", post)
+    return post
+
+
+@posts.delete("/{post_id}", status_code=204)
+async def delete_post(post: OwnPost, db: WriteDB) -> None:
+    """Delete a post and its comments."""
+    await db.delete(post)
+    await db.commit()
+    announce("post.deleted", post, {"id": post.id})
+
+
+@posts.post("/{post_id}/publish", response_model=PostRead)
+async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
+    """Publish your draft. There is no way back; doing it twice changes nothing."""
+    if post.author_id != me.id:
+        raise Refusal("INSUFFICIENT_PERMISSIONS")
+    if not post.is_published:
+        post.is_published = True
+        await db.commit()
+        tell_of_publication(post)
+    return post
+
+
+# --- Routes: comments -----------------------------------------------------------------------------
+
+comments = APIRouter(tags=["comments"])
+
+
+@comments.get(
+    "/posts/{post_id}/comments", response_model=Page[CommentRead], openapi_extra=ForAnyone
+)
+async def list_comments(
+    post: VisiblePost, asked: Annotated[PageQuery, Query()], db: ReadDB
+) -> Page[CommentRead]:
+    """The comments on a post, oldest first."""
+    rows = select(Comment).where(Comment.post_id == post.id).order_by(col(Comment.id))
+    return await page_of(db, rows, asked, Page[CommentRead])
+
+
+@comments.post("/posts/{post_id}/comments", status_code=201, response_model=CommentRead)
+async def create_comment(
+    post: HeldPost, body: CommentCreate, me: CurrentUser, db: WriteDB
+) -> Comment:
+    """Comment on a post that you see."""
+    owners = {"author_id": me.id, "post_id": post.id}
+    comment = Comment.model_validate(body, update=owners)
+    db.add(comment)
+    await db.commit()
+    set_committed_value(comment, "author", me)
+    announce("comment.created", post, CommentRead.model_validate(comment))
+    return comment
+
+
+@comments.delete("/comments/{comment_id}", status_code=204)
+async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
+    """Delete a comment of yours, or on your post."""
+    comment = await db.get(Comment, comment_id)
+    if comment is None:
+        raise Refusal("NOT_FOUND")
+    post = await find_post(db, comment.post_id, me, hold=True)
+    if not (may_change(me, comment) or may_change(me, post)):
+        raise Refusal("INSUFFICIENT_PERMISSIONS")
+    gone = await db.exec(delete(Comment).where(col(Comment.id) == comment_id))
+    if gone.rowcount == 0:  # somebody was faster
+        raise Refusal("NOT_FOUND")
+    await db.commit()
+    announce("comment.deleted", post, {"id": comment_id, "post_id": post.id})
+
+
+# --- Routes: live ---------------------------------------------------------------------------------
+# Everybody may listen to the stream of events. The room of a post is a WebSocket for people who
+# are signed in: they hear of the post, and each other.
+
+live = APIRouter(tags=["live"])
+CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "UNAVAILABLE": 1013}
+MAX_FRAME_BYTES = 64 * 1024
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+class EventStream(StreamingResponse):
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await send(message)
+
+        with events.listener(), suppress(TimeoutError):
+            await super().__call__(scope, receive, send_in_time)
+
+
+async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
+    """Events as a browser's EventSource reads them; `reset` says that some are missing."""
+    if place is None:
+        yield "event: reset\ndata: {}\n\n"
+        place = events.count
+    async for found in events.follow(place, post_id):
+        lines = (f"id: {e.id}\nevent: {e.kind}\ndata: {e.data}\n\n" for e in found)
+        yield "".join(lines) or ": ping\n\n"
+        if post_id and any(event.kind == "post.deleted" for event in found):
+            return
+
+
+AS_EVENTS: Any = {200: {"content": {EventStream.media_type: {}}}}
+
+
+@live.get("/events", response_class=Response, responses=AS_EVENTS, openapi_extra=ForAnyone)
+async def stream_events(
+    me: MaybeUser,
+    post_id: Id | None = None,
+    last_event_id: str = "",
+    resumed: Annotated[str, Header(alias="Last-Event-ID")] = "",
+) -> EventStream:
+    """What happens to published posts, or to one of them, as it happens. Who names the last event
+    they saw gets what they missed."""
+    last = resumed or last_event_id
+    place = events.place_after(last) if last else events.count
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return EventStream(as_text(place, post_id), headers=headers)
+
+
+class Hello(Body):
+    type: Literal["auth"]
+    token: str
+
+
+class Words(CommentCreate):
+    type: Literal["message"]
+
+
+class Visit:
+    """One person in the room of a post. What ends it is a refusal."""
+
+    def __init__(self, socket: WebSocket, post_id: int) -> None:
+        self.socket, self.post_id = socket, post_id
+        self.places = {events: events.count, chat: chat.count}  # so nothing from now on is missed
+
+    async def read(self, kind: type[BodyType], seconds: float | None = None) -> BodyType:
+        try:
+            async with asyncio.timeout(seconds):
+                return kind.model_validate_json(await self.socket.receive_text())
+        except (TimeoutError, KeyError, ValidationError):  # KeyError: it is not text
+            raise Refusal("BAD_REQUEST") from None
+
+    async def in_time(self, sending: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await sending
+        except (TimeoutError, RuntimeError):  # it does not read, or is closed already
+            raise WebSocketDisconnect from None
+
+    async def check(self) -> User:
+        """May they be here, now?"""
+        if self.claims.exp <= now().timestamp():
+            raise Refusal("INVALID_TOKEN")
+        async with AsyncSession(readers, expire_on_commit=False) as db:
+            session = await live_session(db, self.claims)
+            await find_post(db, self.post_id, session.user)
+            return session.user
+
+    async def enter(self) -> None:
+        self.claims = read_token((await self.read(Hello, PATIENCE_SECONDS)).token, "access")
+        self.me = Author.model_validate(await self.check()).model_dump()
+        await self.in_time(self.socket.send_json({"type": "ready", "user": self.me}))
+
+    async def speak(self) -> None:
+        said = deque([0.0] * 20, maxlen=20)
+        while True:
+            words = await self.read(Words)
+            if perf_counter() - said[0] < PATIENCE_SECONDS:
+                raise Refusal("BAD_REQUEST")
+            said.append(perf_counter())
+            message = {"type": "message", "from": self.me, "text": words.text}
+            chat.add("message", self.post_id, message)
+
+    async def hear(self, hub: Hub) -> None:
+        async for found in hub.follow(self.places[hub], self.post_id):
+            for e in found:
+                frame = f'{{"type":"{e.kind}","id":"{e.id}","data":{e.data}}}'
+                await self.in_time(self.socket.send_text(e.data if hub is chat else frame))
+                if e.kind == "post.deleted":
+                    raise Refusal("NOT_FOUND")
+            if not found:
+                await self.check()
+        if not hub.closed:  # else uvicorn says goodbye
+            raise Refusal("UNAVAILABLE")
+
+
+@live.websocket("/ws/posts/{post_id}")
+async def visit(socket: WebSocket, post_id: Id) -> None:
+    origin, host = socket.headers.get("origin", ""), socket.headers.get("host")
+    known = origin.partition("://")[2] == host or {origin, "*"} & set(settings.cors_origins)
+    if origin and not known:
+        return await socket.close()  # before it was accepted, so the answer is 403
+    await socket.accept()
+    guest, code = Visit(socket, post_id), 0
+    try:
+        with events.listener():
+            await guest.enter()
+            async with asyncio.TaskGroup() as works:
+                for work in (guest.speak(), guest.hear(events), guest.hear(chat)):
+                    works.create_task(work)
+    except* WebSocketDisconnect:
+        pass
+    except* Refusal as refused:
+        code = CLOSE_CODES[getattr(refused.exceptions[0], "code", "")]
+    except* DATABASE_ERRORS:
+        code = 1013
+    if code:
+        with suppress(WebSocketDisconnect):
+            await guest.in_time(socket.close(code))
 
 
 # --- Pages ----------------------------------------------------------------------------------------
@@ -1014,6 +1553,13 @@ async def prepare_database() -> None:
         await db.commit()
 
 
+def end_streams(usual: Any, number: int, frame: Any) -> None:
+    """uvicorn waits for open streams before it tells the lifespan: the signal itself ends them."""
+    events.close()
+    chat.close()
+    usual(number, frame)
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
     set_up_logging()
@@ -1024,6 +1570,10 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         reason = str(error).partition("\n")[0]
         log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
         os._exit(3)  # raising would print a traceback after this line
+    for number in HANDLED_SIGNALS:
+        usual = signal.getsignal(number)
+        if callable(usual) and current_thread() is main_thread():
+            signal.signal(number, partial(end_streams, usual))
     yield
     await to_thread.run_sync(last_mails, 1.0)
     await readers.dispose()
@@ -1045,14 +1595,14 @@ app = FastAPI(
     exception_handlers={
         HTTPException: on_refusal,
         RequestValidationError: on_invalid_input,
-        DBAPIError: on_database_error,
-        PoolTimeoutError: on_database_error,
-        sqlite3.Error: on_database_error,  # from on_begin, where SQLAlchemy does not wrap it
-        OSError: on_database_error,  # from asyncpg, and from a wait that took too long
+        **dict.fromkeys(DATABASE_ERRORS, on_database_error),
     },
 )  # fmt: skip
 app.include_router(auth, prefix=f"{API}/auth")
 app.include_router(users, prefix=f"{API}/users")
+app.include_router(posts, prefix=f"{API}/posts")
+app.include_router(comments, prefix=API)
+app.include_router(live, prefix=API)
 app.include_router(pages)
 if not settings.production:
     app.include_router(docs)
@@ -1070,4 +1620,6 @@ if __name__ == "__main__":
         "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
         proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
+        ws_max_size=MAX_FRAME_BYTES, ws_per_message_deflate=False,
+        ws_ping_interval=PATIENCE_SECONDS / 2, ws_ping_timeout=PATIENCE_SECONDS / 2,
     )  # fmt: skip

@@ -51,6 +51,7 @@ POSTGRES = os.environ.get("TEST_DATABASE_URL")
 KEY = "the signing key of the tests, long enough"
 PASSWORD = "correct horse battery"
 ADMIN = {"username": "admin@example.com", "password": "the admin's own password"}
+BOSS = "boss@example.com"  # who is told of published posts
 NEVER = 2**31 - 1  # an id that nobody has
 UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 CODES = {
@@ -79,11 +80,13 @@ def free_port() -> int:
 
 def check_answer(response: httpx.Response) -> None:
     """What holds for every answer: its headers, the shape of errors, no hash in it."""
-    body = response.read().decode(errors="replace")
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", response.headers["x-request-id"])
     assert re.fullmatch(r"\d+\.\d{4}", response.headers["x-process-time"])
-    assert float(response.headers["x-process-time"]) <= response.elapsed.total_seconds()
     assert response.headers["x-content-type-options"] == "nosniff"
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        return  # it has no end
+    body = response.read().decode(errors="replace")
+    assert float(response.headers["x-process-time"]) <= response.elapsed.total_seconds()
     assert "$2b$" not in body
     if response.status_code >= 400 and response.request.method != "HEAD":
         problem = json.loads(body)
@@ -195,6 +198,7 @@ class Caller:
 
     get = partialmethod(request, "GET")
     post = partialmethod(request, "POST")
+    put = partialmethod(request, "PUT")
     patch = partialmethod(request, "PATCH")
     delete = partialmethod(request, "DELETE")
 
@@ -273,7 +277,11 @@ def service(
         pytest.skip("TEST_DATABASE_URL is not set")
     folder = tmp_path_factory.mktemp(request.param)
     running = Service(
-        folder, request.param, SMTP_URL=f"smtp://127.0.0.1:{mail_server.port}", LOG_LEVEL="debug"
+        folder,
+        request.param,
+        SMTP_URL=f"smtp://127.0.0.1:{mail_server.port}",
+        LOG_LEVEL="debug",
+        ADMIN_EMAIL=BOSS,
     )
     yield running
     running.stop()
@@ -351,6 +359,22 @@ def sign_in_admin(service: Service) -> Account:
     if service.admin is None or service.admin.api.get("/users/me").status_code != 200:
         service.admin = sign_in(service, **ADMIN)
     return service.admin
+
+
+def write(person: Account, **fields: Any) -> dict[str, Any]:
+    """A draft, if nothing else is said."""
+    response = person.api.post("/posts", json={"title": "A title", "content": "A text"} | fields)
+    assert response.status_code == 201, response.text
+    return dict(response.json())
+
+
+publish = partial(write, is_published=True)
+
+
+def comment(person: Account, post_id: int, text: str = "A comment") -> dict[str, Any]:
+    response = person.api.post(f"/posts/{post_id}/comments", json={"text": text})
+    assert response.status_code == 201, response.text
+    return dict(response.json())
 
 
 def at_once(times: int, call: Callable[[int], Any]) -> list[Any]:
@@ -881,7 +905,11 @@ BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
         b'{"email":"a\\u0000@b.co","password":"\\u0000aaaaaaaaa","first_name":"\\u0000"}',
         JSON,
     ),
+    "a NUL in a post": (b'{"title":"a","content":"a\\u0000"}', JSON),
+    "a NUL in a comment": (b'{"text":"a\\u0000"}', JSON),
     "half a surrogate pair": (b'{"email":"a@b.co","password":"aaaaaaaaaa","bio":"\\ud800"}', JSON),
+    "half a surrogate pair in a post": (b'{"title":"\\ud800","content":"\\udfff"}', JSON),
+    "half a surrogate pair in a comment": (b'{"text":"\\ud800"}', JSON),
     "half a surrogate pair as a name": (b'{"\\ud800":1}', JSON),
     "NaN": (b'{"age":NaN}', JSON),
     "Infinity": (b'{"age":-Infinity}', JSON),
@@ -917,6 +945,7 @@ BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
 def test_bad_bodies_are_refused_by_every_route(service: Service, bad: str) -> None:
     body, headers = BAD_BODIES[bad]
     person = sign_up(service)
+    post = write(person)["id"]
     admin = sign_in_admin(service)
     for caller, method, path in (
         (service.client, "POST", "/auth/register"),
@@ -924,6 +953,10 @@ def test_bad_bodies_are_refused_by_every_route(service: Service, bad: str) -> No
         (service.client, "POST", "/auth/refresh"),
         (person.api, "PATCH", "/users/me"),
         (admin.api, "POST", "/users"),
+        (person.api, "POST", "/posts"),
+        (person.api, "PATCH", f"/posts/{post}"),
+        (person.api, "PUT", f"/posts/{post}"),
+        (person.api, "POST", f"/posts/{post}/comments"),
     ):
         answer = caller.request(method, path, content=body, headers=headers)
         assert 400 <= answer.status_code < 500, (path, answer.text)
@@ -957,6 +990,21 @@ def test_ids_out_of_range_are_422(service: Service, bad: str) -> None:
     for method in ("GET", "PATCH", "DELETE"):
         answer = admin.api.request(method, f"/users/{bad}", json={} if method == "PATCH" else None)
         assert answer.status_code == 422
+    for method, path in (
+        ("GET", "/posts/{}"),
+        ("PATCH", "/posts/{}"),
+        ("PUT", "/posts/{}"),
+        ("DELETE", "/posts/{}"),
+        ("POST", "/posts/{}/publish"),
+        ("GET", "/posts/{}/comments"),
+        ("POST", "/posts/{}/comments"),
+        ("DELETE", "/comments/{}"),
+        ("GET", "/events?post_id={}"),
+        ("GET", "/posts?before={}"),
+    ):
+        body = {"text": "x"} if path.endswith("comments") else {}
+        body = body if method in ("POST", "PATCH", "PUT") else None  # type: ignore[assignment]
+        assert admin.api.request(method, path.format(bad), json=body).status_code == 422, path
 
 
 @pytest.mark.parametrize(
@@ -974,7 +1022,12 @@ def test_ids_out_of_range_are_422(service: Service, bad: str) -> None:
     ],
 )
 def test_bad_pages_are_422(service: Service, query: str) -> None:
-    assert sign_in_admin(service).api.get(f"/users?{query}").status_code == 422
+    admin = sign_in_admin(service)
+    assert admin.api.get(f"/users?{query}").status_code == 422
+    if "is_active" not in query:
+        post = write(admin)["id"]
+        for path in ("/posts", "/users/me/posts", f"/posts/{post}/comments"):
+            assert admin.api.get(f"{path}?{query}").status_code == 422, path
 
 
 @pytest.mark.parametrize("query", ["everywhere=2", "everywhere=%00"])
@@ -1076,22 +1129,31 @@ NOT_THEIRS = [
     "created_at",
     "full_name",
     "sid",
+    "author",
+    "post_id",
+    "updated_at",
 ]
 
 
 @pytest.mark.parametrize("field", NOT_THEIRS)
 def test_nobody_assigns_what_is_not_theirs(service: Service, field: str) -> None:
     person, admin = sign_up(service), sign_in_admin(service)
+    post = write(person)
     before = person.api.get("/users/me").json()
-    for caller, method, path in (
-        (service.client, "POST", "/auth/register"),
-        (person.api, "PATCH", "/users/me"),
-        (admin.api, "PATCH", f"/users/{person.id}"),
-        (admin.api, "POST", "/users"),
+    account = {"email": new_email(), "password": PASSWORD}
+    for caller, method, path, body in (
+        (service.client, "POST", "/auth/register", account),
+        (person.api, "PATCH", "/users/me", {}),
+        (admin.api, "PATCH", f"/users/{person.id}", {}),
+        (admin.api, "POST", "/users", account),
+        (person.api, "POST", "/posts", {"title": "x", "content": "x"}),
+        (person.api, "PATCH", f"/posts/{post['id']}", {"title": "x"}),
+        (person.api, "PUT", f"/posts/{post['id']}", {"title": "x"}),
+        (person.api, "POST", f"/posts/{post['id']}/comments", {"text": "x"}),
     ):
-        body = {"email": new_email(), "password": PASSWORD} if method == "POST" else {}
         assert caller.request(method, path, json=body | {field: 1}).status_code == 422
     assert person.api.get("/users/me").json() == before
+    assert person.api.get("/users/me/posts").json()["items"] == [post]
 
 
 @pytest.mark.parametrize("field", [{"role": "admin"}, {"is_active": True}])
@@ -1137,8 +1199,11 @@ def test_of_50_registrations_of_one_email_at_once_one_succeeds(service: Service)
 
 def test_200_writers_at_once_all_succeed(service: Service) -> None:
     person = sign_up(service)
-    answers = at_once(200, lambda n: person.api.patch("/users/me", json={"age": n % 149 + 1}))
-    assert {answer.status_code for answer in answers} == {200}
+    body = {"title": "One of many", "content": "x"}
+    answers = at_once(200, lambda _: person.api.post("/posts", json=body))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.json()["id"] for answer in answers}) == 200
+    assert person.api.get("/users/me/posts").json()["total"] == 200
 
 
 def test_registration_may_be_closed_and_cors_open(start: Callable[..., Service]) -> None:
@@ -1630,7 +1695,8 @@ WHOLE = PUBLIC | {
     "updated_at",
 }
 
-# Who gets what: anonymous, another user, the owner, a superuser.
+# Who gets what: anonymous, another user, the owner, a superuser. {comment} stands below {post} and
+# is somebody else's, {note} below {draft}, {reply} is the owner's and stands below another's post.
 TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
     ("POST", "/auth/logout", None, (401, 204, 204, 204)),
     ("GET", "/auth/verify", None, (401, 200, 200, 200)),
@@ -1653,6 +1719,35 @@ TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
     ("DELETE", f"/users/{NEVER}", None, (401, 403, 403, 404)),
     ("DELETE", "/users/me", None, (401, 403, 403, 409)),
     ("DELETE", "/users/{user}", None, (401, 403, 403, 204)),
+    ("GET", "/users/me/posts", None, (401, 200, 200, 200)),
+    ("GET", "/posts", None, (200, 200, 200, 200)),
+    ("POST", "/posts", {"title": "x", "content": "x"}, (401, 201, 201, 201)),
+    ("POST", "/posts", {}, (401, 422, 422, 422)),
+    ("GET", "/posts/{post}", None, (200, 200, 200, 200)),
+    ("GET", "/posts/{draft}", None, (404, 404, 200, 200)),
+    ("GET", f"/posts/{NEVER}", None, (404, 404, 404, 404)),
+    ("PATCH", "/posts/{post}", {"title": "x"}, (401, 403, 200, 200)),
+    ("PATCH", "/posts/{draft}", {"title": "x"}, (401, 404, 200, 200)),
+    ("PATCH", "/posts/{post}", {"id": 1}, (401, 403, 422, 422)),
+    ("PATCH", f"/posts/{NEVER}", {"title": "x"}, (401, 404, 404, 404)),
+    ("PUT", "/posts/{post}", {"title": "x"}, (401, 403, 200, 200)),
+    ("PUT", "/posts/{draft}", {"title": "x"}, (401, 404, 200, 200)),
+    ("DELETE", "/posts/{post}", None, (401, 403, 204, 404)),
+    ("DELETE", "/posts/{draft}", None, (401, 404, 204, 404)),
+    ("DELETE", f"/posts/{NEVER}", None, (401, 404, 404, 404)),
+    ("POST", "/posts/{post}/publish", None, (401, 403, 200, 403)),
+    ("POST", "/posts/{draft}/publish", None, (401, 404, 200, 403)),
+    ("POST", f"/posts/{NEVER}/publish", None, (401, 404, 404, 404)),
+    ("GET", "/posts/{post}/comments", None, (200, 200, 200, 200)),
+    ("GET", "/posts/{draft}/comments", None, (404, 404, 200, 200)),
+    ("GET", f"/posts/{NEVER}/comments", None, (404, 404, 404, 404)),
+    ("POST", "/posts/{post}/comments", {"text": "x"}, (401, 201, 201, 201)),
+    ("POST", "/posts/{draft}/comments", {"text": "x"}, (401, 404, 201, 201)),
+    ("POST", f"/posts/{NEVER}/comments", {"text": "x"}, (401, 404, 404, 404)),
+    ("DELETE", "/comments/{comment}", None, (401, 403, 204, 404)),
+    ("DELETE", "/comments/{reply}", None, (401, 403, 204, 404)),
+    ("DELETE", "/comments/{note}", None, (401, 404, 204, 404)),
+    ("DELETE", f"/comments/{NEVER}", None, (401, 404, 404, 404)),
 ]
 
 
@@ -1664,9 +1759,17 @@ TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
 def test_who_may_do_what(
     service: Service, method: str, path: str, body: Any, expected: tuple[int, ...]
 ) -> None:
-    owner = sign_up(service)
+    owner, somebody = sign_up(service), sign_up(service)
     callers = (service.client, sign_up(service).api, owner.api, sign_in_admin(service).api)
-    path = path.replace("{user}", str(owner.id))
+    things: dict[str, Callable[[], Any]] = {
+        "user": lambda: owner.id,
+        "post": lambda: publish(owner)["id"],
+        "draft": lambda: write(owner)["id"],
+        "comment": lambda: comment(somebody, publish(owner)["id"])["id"],
+        "reply": lambda: comment(owner, publish(somebody)["id"])["id"],
+        "note": lambda: comment(owner, write(owner)["id"])["id"],
+    }
+    path = re.sub(r"\{(\w+)\}", lambda found: str(things[found[1]]()), path)
     got = tuple(c.request(method, path, json=body).status_code for c in callers)
     assert got == expected
 
@@ -1679,11 +1782,14 @@ def test_every_route_stands_in_that_table(service: Service) -> None:
         "/api/v1/auth/register",
         "/api/v1/auth/login",
         "/api/v1/auth/refresh",
+        "/api/v1/events",
     }
     routes = {
         (m.upper(), p) for p, methods in paths.items() if p not in open_to_all for m in methods
     }
     there = {(row[0], "/api/v1" + row[1].partition("?")[0]) for row in TABLE}
+    there = {(m, re.sub(r"\{(post|draft)\}", "{post_id}", p)) for m, p in there}
+    there = {(m, re.sub(r"\{(comment|note|reply)\}", "{comment_id}", p)) for m, p in there}
     assert routes <= there
 
 
@@ -1826,11 +1932,421 @@ def test_two_admins_who_remove_each_other_leave_one(
 
 
 def test_deleting_a_user_leaves_nothing_behind(service: Service) -> None:
-    person = sign_up(service)
+    person, other = sign_up(service), sign_up(service)
     sign_in(service, person.email)
+    mine, theirs = publish(person), publish(other)
+    comment(other, mine["id"])
+    comment(person, theirs["id"])
+    kept = comment(other, theirs["id"])
     assert sign_in_admin(service).api.delete(f"/users/{person.id}").status_code == 204
     assert service.sql(f"SELECT id FROM session WHERE user_id = {person.id}") == []
+    assert service.sql(f"SELECT id FROM post WHERE author_id = {person.id}") == []
+    below = f"SELECT id FROM comment WHERE post_id IN ({mine['id']}, {theirs['id']})"
+    assert service.sql(below) == [(kept["id"],)]
     assert sign_in_admin(service).api.get(f"/users/{person.id}").status_code == 404
+    assert service.client.get(f"/posts/{mine['id']}").status_code == 404
+
+
+# --- Posts ----------------------------------------------------------------------------------------
+
+
+def test_a_post_is_answered_whole_and_with_its_place(service: Service) -> None:
+    author = sign_up(service, first_name="Ann", last_name="Lee")
+    answer = author.api.post("/posts", json={"title": "  Bees ", "content": " They\nhum. "})
+    post = answer.json()
+    assert UTC_TIME.fullmatch(post["created_at"])
+    assert UTC_TIME.fullmatch(post["updated_at"])
+    assert post == {
+        "id": post["id"],
+        "title": "Bees",
+        "content": " They\nhum. ",
+        "is_published": False,
+        "version": 1,
+        "author": {"id": author.id, "full_name": "Ann Lee"},
+        "created_at": post["created_at"],
+        "updated_at": post["updated_at"],
+    }
+    assert answer.headers["location"] == f"/api/v1/posts/{post['id']}"
+    assert author.api.get(f"/posts/{post['id']}").json() == post
+
+
+POST_FIELDS = [
+    ("title", "x" * 255, 200),
+    ("title", "x" * 256, 422),
+    ("title", "  x  ", 200),
+    ("title", "", 422),
+    ("title", " \u3000\n", 422),
+    ("title", "line\nbreak", 422),
+    ("title", "bell\u0007", 422),
+    ("title", None, 422),
+    ("content", "x" * 100_000, 200),
+    ("content", "x" * 100_001, 422),
+    ("content", "lines\n\tand 李\U0001f600", 200),
+    ("content", "", 422),
+    ("content", " \n\u2003", 422),
+    ("content", "nul\u0000", 422),
+    ("content", None, 422),
+    ("version", None, 422),
+    ("version", "first", 422),
+    ("version", 1.5, 422),
+    ("is_published", True, 422),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "status"),
+    POST_FIELDS,
+    ids=[f"{f}={str(v)[:20]!r}" for f, v, _ in POST_FIELDS],
+)
+def test_each_field_of_a_post_keeps_its_bounds(
+    service: Service, field: str, value: Any, status: int
+) -> None:
+    author = sign_up(service)
+    post = write(author)
+    changed = author.api.patch(f"/posts/{post['id']}", json={field: value})
+    assert changed.status_code == status
+    if field in ("title", "content"):
+        body = {"title": "x", "content": "x"} | {field: value}
+        assert author.api.post("/posts", json=body).status_code == (201 if status == 200 else 422)
+    if status == 200:
+        assert changed.json()[field] == (value.strip() if field == "title" else value)
+    else:
+        assert author.api.get(f"/posts/{post['id']}").json() == post
+
+
+def test_a_draft_is_in_no_list_but_its_authors(service: Service) -> None:
+    author = sign_up(service)
+    draft, post = write(author), publish(author)
+    for caller in (service.client, author.api, sign_in_admin(service).api):
+        for query in ("", f"?before={NEVER}", "?sort=-created_at"):
+            ids = [item["id"] for item in caller.get(f"/posts{query}").json()["items"]]
+            assert post["id"] in ids
+            assert draft["id"] not in ids
+    mine = author.api.get("/users/me/posts").json()
+    assert [item["id"] for item in mine["items"]] == [post["id"], draft["id"]]
+    assert (mine["total"], mine["page"], mine["size"], mine["pages"]) == (2, 1, 20, 1)
+
+
+def test_publishing_happens_once_and_tells_the_admin_once(
+    service: Service, mail_server: MailServer
+) -> None:
+    author, title = sign_up(service), f"Bees {uuid4().hex}"
+    draft = write(author, title=title)
+    assert author.api.patch(f"/posts/{draft['id']}", json={}).status_code == 200
+    first, *more = at_once(5, lambda _: author.api.post(f"/posts/{draft['id']}/publish"))
+    assert (first.status_code, first.json()["is_published"]) == (200, True)
+    assert first.json()["version"] == 3
+    assert all(answer.json() == first.json() for answer in more)
+    assert author.api.post(f"/posts/{draft['id']}/publish").json() == first.json()
+    at_last = publish(author, title=f"{title}, at once")
+
+    def told() -> list[str]:
+        return [mail.get_content() for mail in mail_server.mails_to(BOSS) if title in str(mail)]
+
+    eventually(lambda: len(told()) == 2)
+    for post in (draft, at_last):
+        assert sum(f"/api/v1/posts/{post['id']}" in body.split() for body in told()) == 1
+
+
+@pytest.mark.parametrize("method", ["PATCH", "PUT"])
+def test_only_the_fields_of_a_post_that_are_sent_change(service: Service, method: str) -> None:
+    author = sign_up(service)
+    post = publish(author)
+    after = author.api.request(method, f"/posts/{post['id']}", json={"content": "New"}).json()
+    assert after["updated_at"] > post["updated_at"]
+    assert after == post | {"content": "New", "version": 2, "updated_at": after["updated_at"]}
+    empty = author.api.request(method, f"/posts/{post['id']}", json={}).json()
+    assert empty == after | {"version": 3, "updated_at": empty["updated_at"]}
+    assert service.client.get(f"/posts/{post['id']}").json() == empty
+
+
+@pytest.mark.parametrize("version", [0, -1, 1, 3, 2**31, 2**63, 10**400], ids=lambda v: str(v)[:9])
+def test_a_version_that_is_not_the_current_one_changes_nothing(
+    service: Service, version: int
+) -> None:
+    author = sign_up(service)
+    post = write(author)
+    now_at_two = author.api.patch(f"/posts/{post['id']}", json={"version": 1}).json()
+    body = {"title": "Too late", "version": version}
+    late = author.api.patch(f"/posts/{post['id']}", json=body)
+    assert (late.status_code, late.json()["error_code"]) == (409, "CONFLICT")
+    assert author.api.get(f"/posts/{post['id']}").json() == now_at_two
+
+
+def test_of_20_edits_of_one_version_at_once_one_wins(service: Service) -> None:
+    author = sign_up(service)
+    post = write(author)
+    answers = at_once(
+        20,
+        lambda n: author.api.patch(f"/posts/{post['id']}", json={"title": f"{n}", "version": 1}),
+    )
+    assert sorted(answer.status_code for answer in answers) == [200] + [409] * 19
+    (winner,) = (answer.json() for answer in answers if answer.status_code == 200)
+    assert author.api.get(f"/posts/{post['id']}").json() == winner
+
+
+def test_of_20_edits_without_a_version_at_once_none_is_lost(service: Service) -> None:
+    author = sign_up(service)
+    post = write(author)
+    answers = at_once(
+        20, lambda n: author.api.patch(f"/posts/{post['id']}", json={"title": f"{n}"})
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    assert sorted(answer.json()["version"] for answer in answers) == list(range(2, 22))
+    last = max((answer.json() for answer in answers), key=lambda body: int(body["version"]))
+    assert author.api.get(f"/posts/{post['id']}").json() == last
+
+
+def ids_of(service: Service, query: str) -> list[int]:
+    answer = service.client.get(f"/posts?{query}")
+    assert answer.status_code == 200, answer.text
+    return [item["id"] for item in answer.json()["items"]]
+
+
+def test_pages_of_posts_and_reading_on_by_key(service: Service) -> None:
+    name = uuid4().hex
+    author = sign_up(service, first_name=name)
+    ids = [publish(author)["id"] for _ in range(5)][::-1]
+    second = service.client.get(f"/posts?author={name}&page=2&size=2").json()
+    assert [item["id"] for item in second.pop("items")] == ids[2:4]
+    assert second == {"total": 5, "page": 2, "size": 2, "pages": 3}
+    beyond = service.client.get(f"/posts?author={name}&page={NEVER}&size=100").json()
+    assert (beyond["items"], beyond["total"], beyond["pages"]) == ([], 5, 1)
+    none = service.client.get("/posts?author=nobody-is-called-so").json()
+    assert (none["items"], none["total"], none["pages"]) == ([], 0, 0)
+    read, before = [], NEVER
+    while page := ids_of(service, f"author={name}&size=2&before={before}"):
+        read += page
+        before = page[-1]
+    assert read == ids
+    by_key = service.client.get(f"/posts?author={name}&size=2&before={ids[0]}").json()
+    assert [item["id"] for item in by_key.pop("items")] == ids[1:3]
+    assert by_key == {"total": None, "page": None, "size": 2, "pages": None}
+
+
+def test_posts_are_sorted_as_asked(service: Service) -> None:
+    name = uuid4().hex
+    author = sign_up(service, first_name=name)
+    a, c, b = (publish(author, title=title)["id"] for title in ("a", "c", "b"))
+    author.api.patch(f"/posts/{a}", json={})
+    for sort, expected in {
+        "title": [a, b, c],
+        "-title": [c, b, a],
+        "created_at": [a, c, b],
+        "-created_at": [b, c, a],
+        "updated_at": [c, b, a],
+        "-updated_at": [a, b, c],
+    }.items():
+        assert ids_of(service, f"author={name}&sort={sort}") == expected, sort
+
+
+def test_the_author_filter_takes_part_of_a_name_literally(service: Service) -> None:
+    mark = uuid4().hex[:8]
+    first = publish(sign_up(service, first_name=f"{mark}%Ann_"))["id"]
+    last = publish(sign_up(service, last_name=f"x{mark.upper()}Lee"))["id"]
+    nameless = publish(sign_up(service))["id"]
+    assert ids_of(service, f"author={mark}") == [last, first]
+    assert ids_of(service, f"author={mark.upper()}l") == [last]
+    assert ids_of(service, f"author={mark}%25aNN_") == [first]
+    for nobody in (f"{mark}_", f"{mark}%25%25", "%25" + mark + "_", "' OR 1=1--", f"{mark}\\", "/"):
+        assert ids_of(service, f"author={nobody}") == [], nobody
+    assert nameless in ids_of(service, "author=&size=100")
+    for too_long in ("%25" * 101, "%25" * 20_000, "%00", "%ED%A0%80"):
+        answer = service.client.get(f"/posts?author={too_long}")
+        assert answer.status_code == 422 or answer.json()["items"] == []
+
+
+def test_posts_are_filtered_by_dates_inclusively(service: Service) -> None:
+    name = uuid4().hex
+    author = sign_up(service, first_name=name)
+    times = [
+        "2024-01-01 23:59:59.999999",
+        "2024-01-02 00:00:00.000000",
+        "2024-01-02 12:30:00.000000",
+    ]
+    zone = "+00" if service.database == "postgresql" else ""
+    early, midnight, noon = (publish(author)["id"] for _ in times)
+    for post_id, moment in zip((early, midnight, noon), times, strict=True):
+        service.sql(f"UPDATE post SET created_at = '{moment}{zone}' WHERE id = {post_id}")
+    for query, expected in {
+        "min_date=2024-01-02": [noon, midnight],
+        "max_date=2024-01-02": [noon, midnight, early],
+        "max_date=2024-01-01": [early],
+        "min_date=2024-01-02T12:30:00": [noon],
+        "min_date=2024-01-02T12:30:00Z&max_date=2024-01-02T12:30": [noon],
+        "min_date=2024-01-02T14:30:00.000001%2B02:00": [],
+        "max_date=2024-01-02T14:30:00%2B02:00": [noon, midnight, early],
+        "min_date=2024-01-02T00:00:00Z&max_date=2024-01-02T00:00:00Z": [midnight],
+        "min_date=0001-01-01&max_date=9999-12-31": [noon, midnight, early],
+        f"min_date=2024-01-02&before={noon}": [midnight],
+    }.items():
+        assert ids_of(service, f"author={name}&{query}") == expected, query
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sort=hashed_password",
+        "sort=id",
+        "sort=--title",
+        "sort=",
+        "min_date=yesterday",
+        "min_date=",
+        "min_date=1700000000",
+        "min_date=2024-13-01",
+        "max_date=2024-02-30",
+        "max_date=2024-01-01T25:00",
+        "min_date=0001-01-01T00:00:00%2B23:59",
+        "max_date=9999-12-31T23:59:59-23:59",
+        "max_date=%00",
+        "min_date=2024-01-01%ED%A0%80",
+        "min_date=" + "9" * 5_000,
+        "before=5&page=1",
+        "before=5&sort=title",
+    ],
+    ids=lambda query: query[:40],
+)
+def test_bad_filters_are_422(service: Service, query: str) -> None:
+    assert service.client.get(f"/posts?{query}").status_code == 422
+
+
+def statements(service: Service, path: str) -> list[str]:
+    """What the service asks its database for an anonymous GET."""
+    begin = service.log.stat().st_size
+    assert service.client.get(path).status_code == 200
+    log = service.log.read_bytes()[begin:].decode()
+    return re.findall(r"INFO (SELECT .*?)\n\d{4}-\d\d-", log, re.DOTALL)
+
+
+def test_a_page_of_20_posts_costs_two_statements(service: Service) -> None:
+    for _ in range(20):
+        publish(sign_up(service))
+    assert len(service.client.get("/posts").json()["items"]) == 20
+    assert len(statements(service, "/posts")) == 2
+    assert len(statements(service, f"/posts?before={NEVER}")) == 1
+    assert len(statements(service, f"/posts/{publish(sign_up(service))['id']}")) == 1
+
+
+def test_page_one_and_reading_on_use_indexes(service: Service) -> None:
+    if service.database != "sqlite":
+        pytest.skip("the plans are SQLite's")
+    post = publish(sign_up(service))["id"]
+    paths = ["/posts", f"/posts?before={NEVER}", f"/posts/{post}", f"/posts/{post}/comments"]
+    asked = [statement for path in paths for statement in statements(service, path)]
+    assert len(asked) == 7
+    for statement in asked:
+        values = ", ".join("1" * statement.count("?"))
+        plan = service.sql(f"EXPLAIN QUERY PLAN {statement.replace('?', '1')}")
+        steps = [step for *_, step in plan]
+        assert all(step.startswith("SEARCH") for step in steps), (statement, steps, values)
+
+
+def test_nobody_is_answered_what_was_true_before(service: Service) -> None:
+    """A change is seen by the next request, whoever reads beside it."""
+    author = sign_up(service)
+    draft, post = write(author), publish(author)
+    assert author.api.get(f"/posts/{draft['id']}").status_code == 200
+    assert service.client.get(f"/posts/{draft['id']}").status_code == 404
+    done = threading.Event()
+    strange: list[int] = []
+
+    def read() -> None:
+        while not done.is_set():
+            strange.append(service.client.get(f"/posts/{draft['id']}").status_code)
+            service.client.get(f"/posts/{post['id']}")
+            service.client.get("/posts")
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for number in range(1_000 if FULL else 30):
+        changed = author.api.patch(f"/posts/{post['id']}", json={"title": f"Number {number}"})
+        assert service.client.get(f"/posts/{post['id']}").json() == changed.json()
+        assert service.client.get("/posts?size=1").json()["items"] == [changed.json()]
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert set(strange) == {404}
+
+
+# --- Comments -------------------------------------------------------------------------------------
+
+
+def test_a_comment_is_answered_whole(service: Service) -> None:
+    author, other = sign_up(service), sign_up(service, first_name="Bo")
+    post = publish(author)["id"]
+    said = comment(other, post, "  lines\nand 李 ")
+    assert UTC_TIME.fullmatch(said["created_at"])
+    assert said == {
+        "id": said["id"],
+        "text": "lines\nand 李",
+        "author": {"id": other.id, "full_name": "Bo"},
+        "post_id": post,
+        "created_at": said["created_at"],
+    }
+    more = [comment(author, post), comment(other, post)]
+    page = service.client.get(f"/posts/{post}/comments").json()
+    assert page == {"items": [said, *more], "total": 3, "page": 1, "size": 20, "pages": 1}
+    second = service.client.get(f"/posts/{post}/comments?page=2&size=2").json()
+    assert (second["items"], second["pages"]) == ([more[1]], 2)
+    assert comment(author, publish(author)["id"])["id"] > more[1]["id"]
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [("x" * 500, 201), ("x" * 501, 422), ("", 422), (" \n\u2003", 422), ("a\u0000", 422), (1, 422)],
+    ids=lambda value: repr(value)[:9],
+)
+def test_comments_keep_their_bounds(service: Service, text: Any, status: int) -> None:
+    author = sign_up(service)
+    path = f"/posts/{publish(author)['id']}/comments"
+    assert author.api.post(path, json={"text": text}).status_code == status
+
+
+def test_superusers_delete_posts_drafts_and_comments(service: Service) -> None:
+    author, admin = sign_up(service), sign_in_admin(service)
+    post, draft = publish(author)["id"], write(author)["id"]
+    said = comment(author, post)["id"]
+    for path in (f"/comments/{said}", f"/posts/{draft}", f"/posts/{post}"):
+        assert admin.api.delete(path).status_code == 204
+    assert author.api.get("/users/me/posts").json()["total"] == 0
+
+
+def test_a_post_takes_its_comments_with_it_and_its_id_is_not_given_again(service: Service) -> None:
+    author = sign_up(service)
+    post = publish(author)["id"]
+    said = comment(author, post)["id"]
+    assert author.api.delete(f"/posts/{post}").status_code == 204
+    assert service.sql(f"SELECT id FROM comment WHERE post_id = {post}") == []
+    assert author.api.delete(f"/comments/{said}").status_code == 404
+    assert publish(author)["id"] > post
+
+
+def test_of_deletions_at_once_one_succeeds(service: Service) -> None:
+    author = sign_up(service)
+    said = comment(author, publish(author)["id"])["id"]
+    answers = at_once(5, lambda _: author.api.delete(f"/comments/{said}"))
+    assert sorted(answer.status_code for answer in answers) == [204] + [404] * 4
+    post = publish(author)["id"]
+    answers = at_once(5, lambda _: author.api.delete(f"/posts/{post}"))
+    assert sorted(answer.status_code for answer in answers) == [204] + [404] * 4
+
+
+def test_a_comment_on_a_post_that_goes_is_refused_or_goes_too(service: Service) -> None:
+    author, other = sign_up(service), sign_up(service)
+    for _ in range(5):
+        post = publish(author)["id"]
+
+        def act(number: int, post: int = post) -> int:
+            if number == 0:
+                return int(author.api.delete(f"/posts/{post}").status_code)
+            answer = other.api.post(f"/posts/{post}/comments", json={"text": "x"})
+            return int(answer.status_code)
+
+        deleted, *commented = at_once(5, act)
+        assert deleted == 204
+        assert set(commented) <= {201, 404}
+        assert service.sql(f"SELECT id FROM comment WHERE post_id = {post}") == []
 
 
 # --- Mail -----------------------------------------------------------------------------------------
