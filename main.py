@@ -739,11 +739,11 @@ class Hub:
 events, chat = Hub(), Hub()  # what happens to posts, and what people say in their rooms
 
 
-def announce(kind: str, post: Post, data: Any = None) -> None:
+def announce(kind: str, post: Any, data: Any = None) -> None:
     """Call it after the commit. What happens to a draft is no news."""
     if post.is_published:
-        whole = PostRead.model_validate(post).model_dump(exclude={"content"}, mode="json")
-        events.add(kind, post.id, data or whole)
+        data = data or PostRead.model_validate(post).model_dump(exclude={"content"})
+        events.add(kind, post.id, data)
 
 
 # --- Mail -----------------------------------------------------------------------------------------
@@ -1082,9 +1082,10 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     """Delete a user and everything they own."""
     if user_id == me.id:
         raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
-    await db.delete(await hold_user(db, user_id, me))
-    theirs = select(Post).where(Post.author_id == user_id, Post.is_published)
-    gone = (await db.exec(theirs.order_by(col(Post.id)))).all()
+    user = await hold_user(db, user_id, me)
+    theirs = delete(Post).where(col(Post.author_id) == user_id)
+    gone = (await db.exec(theirs.returning(col(Post.id), col(Post.is_published)))).all()
+    await db.delete(user)
     await db.commit()
     for post in gone:
         announce("post.deleted", post, {"id": post.id})
@@ -1301,21 +1302,21 @@ class Visit:
 
     def __init__(self, socket: WebSocket, post_id: int) -> None:
         self.socket, self.post_id = socket, post_id
-        self.places = {events: events.count, chat: chat.count}  # so nothing from now on is missed
+
+    async def within(self, seconds: float | None, doing: Awaitable[Item]) -> Item:
+        try:
+            async with asyncio.timeout(seconds):
+                return await doing
+        except TimeoutError:
+            raise Refusal("BAD_REQUEST") from None
+        except RuntimeError:  # the socket is closed already
+            raise WebSocketDisconnect from None
 
     async def read(self, kind: type[BodyType], seconds: float | None = None) -> BodyType:
         try:
-            async with asyncio.timeout(seconds):
-                return kind.model_validate_json(await self.socket.receive_text())
-        except (TimeoutError, KeyError, ValidationError):  # KeyError: it is not text
+            return kind.model_validate_json(await self.within(seconds, self.socket.receive_text()))
+        except (KeyError, ValidationError):  # KeyError: it is not text
             raise Refusal("BAD_REQUEST") from None
-
-    async def in_time(self, sending: Awaitable[None]) -> None:
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await sending
-        except (TimeoutError, RuntimeError):  # it does not read, or is closed already
-            raise WebSocketDisconnect from None
 
     async def check(self) -> User:
         """May they be here, now?"""
@@ -1328,11 +1329,12 @@ class Visit:
 
     async def enter(self) -> None:
         self.claims = read_token((await self.read(Hello, PATIENCE_SECONDS)).token, "access")
+        self.places = {events: events.count, chat: chat.count}  # from here on nothing is missed
         self.me = Author.model_validate(await self.check()).model_dump()
-        await self.in_time(self.socket.send_json({"type": "ready", "user": self.me}))
+        await self.socket.send_json({"type": "ready", "user": self.me})
 
     async def speak(self) -> None:
-        said = deque([0.0] * 20, maxlen=20)
+        said = deque([-PATIENCE_SECONDS] * 20, maxlen=20)
         while True:
             words = await self.read(Words)
             if perf_counter() - said[0] < PATIENCE_SECONDS:
@@ -1345,10 +1347,11 @@ class Visit:
         async for found in hub.follow(self.places[hub], self.post_id):
             for e in found:
                 frame = f'{{"type":"{e.kind}","id":"{e.id}","data":{e.data}}}'
-                await self.in_time(self.socket.send_text(e.data if hub is chat else frame))
+                sending = self.socket.send_text(e.data if hub is chat else frame)
+                await self.within(PATIENCE_SECONDS, sending)
                 if e.kind == "post.deleted":
                     raise Refusal("NOT_FOUND")
-            if not found:
+            if not found and hub is events:
                 await self.check()
         if not hub.closed:  # else uvicorn says goodbye
             raise Refusal("UNAVAILABLE")
@@ -1375,8 +1378,8 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
     except* DATABASE_ERRORS:
         code = 1013
     if code:
-        with suppress(WebSocketDisconnect):
-            await guest.in_time(socket.close(code))
+        with suppress(WebSocketDisconnect, Refusal):
+            await guest.within(1, socket.close(code))
 
 
 # --- Pages ----------------------------------------------------------------------------------------

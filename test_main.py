@@ -14,6 +14,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import http.client
 import json
 import os
 import re
@@ -44,6 +45,9 @@ from uuid import uuid4
 import httpx
 import pytest
 from jose import jwt
+from websockets.asyncio.client import connect as connect_async
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
 HERE = Path(__file__).parent
 FULL = os.environ.get("FULL") == "1"
@@ -2347,6 +2351,522 @@ def test_a_comment_on_a_post_that_goes_is_refused_or_goes_too(service: Service) 
         assert deleted == 204
         assert set(commented) <= {201, 404}
         assert service.sql(f"SELECT id FROM comment WHERE post_id = {post}") == []
+
+
+# --- Live -----------------------------------------------------------------------------------------
+
+
+class Listener:
+    """Follows the stream of events in a thread, as `curl -N` does."""
+
+    def __init__(self, service: Service, query: str = "", **headers: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", service.port)
+        connection.request("GET", f"/api/v1/events{query}", headers=headers)
+        self.socket = connection.sock
+        self.response = connection.getresponse()
+        assert self.response.status == 200
+        assert self.response.headers["content-type"].startswith("text/event-stream")
+        assert self.response.headers["cache-control"] == "no-store"
+        self.ids: list[str] = []
+        self.events: list[tuple[str, Any]] = []
+        self.pings = 0
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self) -> None:
+        event: dict[str, str] = {}
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while line := self.response.readline().decode():
+                name, _, value = line.rstrip("\n").partition(": ")
+                event[name] = value
+                if line == "\n" and "event" in event:
+                    self.ids.append(event.get("id", ""))
+                    self.events.append((event["event"], json.loads(event["data"])))
+                    event = {}
+                self.pings += line == ": ping\n"
+
+    def wait(self, count: int) -> list[tuple[str, Any]]:
+        """What was heard so far, as soon as it is so many events."""
+        eventually(lambda: len(self.events) >= count, 10)
+        return self.events
+
+    def ended(self) -> bool:
+        self.thread.join(5)
+        return not self.thread.is_alive()
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        assert self.ended()
+        self.response.close()
+        self.socket.close()
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def say(room: ClientConnection, **message: Any) -> None:
+    room.send(json.dumps(message))
+
+
+def hear(room: ClientConnection) -> dict[str, Any]:
+    return dict(json.loads(room.recv(timeout=5)))
+
+
+def close_code(room: ClientConnection, seconds: float = 5) -> int:
+    """Waits for the end of the room."""
+    try:
+        while True:
+            room.recv(timeout=seconds)
+    except ConnectionClosed as closed:
+        return int(closed.rcvd.code) if closed.rcvd else 1006
+
+
+def room_of(service: Service, post_id: object, **options: Any) -> ClientConnection:
+    """The socket, before anything was said."""
+    url = f"ws://127.0.0.1:{service.port}/api/v1/ws/posts/{post_id}"
+    return connect(url, ping_interval=None, **options)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def in_room(person: Account, post_id: int) -> Iterator[ClientConnection]:
+    with room_of(person.service, post_id) as room:
+        say(room, type="auth", token=person.tokens["access_token"])
+        name = person.api.get("/users/me").json()["full_name"]
+        assert hear(room) == {"type": "ready", "user": {"id": person.id, "full_name": name}}
+        yield room
+
+
+def without_content(post: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in post.items() if name != "content"}
+
+
+def test_events_tell_of_published_posts_and_of_nothing_else(service: Service) -> None:
+    author, other = sign_up(service), sign_up(service)
+    with Listener(service) as listener:
+        draft = write(author)
+        author.api.patch(f"/posts/{draft['id']}", json={"title": "Still a draft"})
+        note = comment(author, draft["id"])
+        author.api.delete(f"/comments/{note['id']}")
+        author.api.delete(f"/posts/{draft['id']}")
+        gone = sign_up(service)
+        write(gone)
+        sign_in_admin(service).api.delete(f"/users/{gone.id}")
+
+        first = publish(author)
+        post = write(author)
+        published = author.api.post(f"/posts/{post['id']}/publish").json()
+        author.api.post(f"/posts/{post['id']}/publish")
+        updated = author.api.patch(f"/posts/{post['id']}", json={"title": "New"}).json()
+        author.api.patch(f"/posts/{post['id']}", json={"title": "Too late", "version": 1})
+        said = comment(other, post["id"])
+        other.api.delete(f"/comments/{said['id']}")
+        author.api.delete(f"/posts/{post['id']}")
+        last = publish(other)
+        assert listener.wait(7) == [
+            ("post.published", without_content(first)),
+            ("post.published", without_content(published)),
+            ("post.updated", without_content(updated)),
+            ("comment.created", said),
+            ("comment.deleted", {"id": said["id"], "post_id": post["id"]}),
+            ("post.deleted", {"id": post["id"]}),
+            ("post.published", without_content(last)),
+        ]
+        run, _, number = listener.ids[0].partition("-")
+        assert listener.ids == [f"{run}-{int(number) + more}" for more in range(7)]
+
+
+def test_an_event_comes_after_the_commit(service: Service) -> None:
+    author = sign_up(service)
+    with Listener(service) as listener:
+        for number in range(1, 11):
+            threading.Thread(target=publish, args=(author,)).start()
+            _, post = listener.wait(number)[-1]
+            assert service.client.get(f"/posts/{post['id']}").status_code == 200
+
+
+def test_the_stream_of_one_post_ends_with_it(service: Service) -> None:
+    author = sign_up(service)
+    post, other = publish(author), publish(author)
+    with Listener(service, f"?post_id={post['id']}") as listener:
+        comment(author, other["id"])
+        said = comment(author, post["id"])
+        author.api.delete(f"/posts/{other['id']}")
+        author.api.delete(f"/posts/{post['id']}")
+        assert listener.ended()
+        assert listener.events == [
+            ("comment.created", said),
+            ("post.deleted", {"id": post["id"]}),
+        ]
+
+
+def test_who_comes_back_with_the_last_event_misses_nothing(service: Service) -> None:
+    author = sign_up(service)
+    with Listener(service) as first:
+        ids = [publish(author)["id"] for _ in range(3)]
+        first.wait(3)
+    missed = [publish(author)["id"] for _ in range(2)]
+    by_header = Listener(service, **{"Last-Event-ID": first.ids[0]})
+    by_query = Listener(service, f"?last_event_id={first.ids[0]}")
+    by_both = Listener(service, f"?last_event_id={first.ids[0]}", **{"Last-Event-ID": first.ids[2]})
+    by_post = Listener(service, f"?last_event_id={first.ids[0]}&post_id={missed[0]}")
+    newest = publish(author)["id"]
+    for listener, expected in (
+        (by_header, [*ids[1:], *missed, newest]),
+        (by_query, [*ids[1:], *missed, newest]),
+        (by_both, [*missed, newest]),
+        (by_post, [missed[0]]),
+    ):
+        with listener:
+            heard = [post["id"] for _, post in listener.wait(len(expected))]
+            assert heard == expected
+
+
+@pytest.mark.parametrize(
+    "last", ["another-1", "{run}-999999", "{run}-", "{run}--1", "{run}-1e3", "x", "%ED%A0%80", "-"]
+)
+def test_who_names_an_unknown_event_is_told_to_start_anew(service: Service, last: str) -> None:
+    author = sign_up(service)
+    with Listener(service) as first:
+        publish(author)
+        first.wait(1)
+    run = first.ids[0].partition("-")[0]
+    with Listener(service, f"?last_event_id={last.replace('{run}', run)}") as listener:
+        assert listener.wait(1) == [("reset", {})]
+        post = publish(author)
+        assert listener.wait(2)[1:] == [("post.published", without_content(post))]
+
+
+def insert_posts(service: Service, author: Account, times: int) -> None:
+    values = f"'x', 'x', true, 1, {author.id}, {service.ago()}, {service.ago()}"
+    service.sql(
+        "INSERT INTO post"
+        " (title, content, is_published, version, author_id, created_at, updated_at)"
+        f" SELECT {values} FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL"
+        f" SELECT i + 1 FROM n WHERE i < {times}) SELECT i FROM n) AS numbers"
+    )
+
+
+def test_1500_events_reach_everyone_in_order_past_a_stream_that_never_reads(
+    service: Service,
+) -> None:
+    author, other = sign_up(service), sign_up(service)
+    insert_posts(service, author, 1_500)
+    ids = [post for (post,) in service.sql(f"SELECT id FROM post WHERE author_id = {author.id}")]
+    with (
+        socket.create_connection(("127.0.0.1", service.port)) as deaf,
+        Listener(service) as listener,
+        in_room(other, max(ids)) as room,
+    ):
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_024)
+        deaf.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        before = publish(other)
+        assert sign_in_admin(service).api.delete(f"/users/{author.id}").status_code == 204
+        events = listener.wait(1_501)
+        assert events[0] == ("post.published", without_content(before))
+        assert [kind for kind, _ in events[1:]] == ["post.deleted"] * 1_500
+        assert sorted(post["id"] for _, post in events[1:]) == sorted(ids)
+        numbers = [int(name.partition("-")[2]) for name in listener.ids]
+        assert numbers == list(range(numbers[0], numbers[0] + 1_501))
+        gone = hear(room)
+        assert (gone["type"], gone["data"]) == ("post.deleted", {"id": max(ids)})
+        assert close_code(room) == 4404
+    with Listener(service, f"?last_event_id={listener.ids[500]}") as late:
+        assert [post["id"] for _, post in late.wait(1_000)] == [p["id"] for _, p in events[501:]]
+    with Listener(service, f"?last_event_id={listener.ids[499]}") as too_late:
+        assert too_late.wait(1) == [("reset", {})]
+
+
+def test_a_bad_token_on_the_stream_is_401(service: Service) -> None:
+    bad = service.as_("bad").get("/events")
+    assert (bad.status_code, bad.json()["error_code"]) == (401, "INVALID_TOKEN")
+    person = sign_up(service)
+    with Listener(service, **person.api.headers) as listener:
+        publish(person)
+        listener.wait(1)
+
+
+def test_people_in_a_room_hear_the_post_and_each_other(service: Service) -> None:
+    author, other = sign_up(service, first_name="Ann"), sign_up(service)
+    post, elsewhere = publish(author)["id"], publish(author)["id"]
+    with in_room(author, post) as ann, in_room(other, post) as bo, in_room(other, elsewhere) as far:
+        say(ann, type="message", text="  Hello 李\n ")
+        said = {
+            "type": "message",
+            "from": {"id": author.id, "full_name": "Ann"},
+            "text": "Hello 李",
+        }
+        assert hear(ann) == hear(bo) == said
+        with Listener(service) as listener:
+            comment(author, elsewhere)
+            new = comment(other, post)
+            listener.wait(2)
+        assert hear(ann) == hear(bo)
+        assert hear(far)["type"] == "comment.created"
+        say(far, type="message", text="x")
+        assert hear(far)["text"] == "x"
+        updated = author.api.patch(f"/posts/{post}", json={}).json()
+        event = hear(ann)
+        assert event == {
+            "type": "post.updated",
+            "id": event["id"],
+            "data": without_content(updated),
+        }
+        assert event["id"].split("-")[0] == listener.ids[0].split("-")[0]
+        assert new["post_id"] == post
+        author.api.delete(f"/posts/{post}")
+        assert hear(bo) == event
+        for room in (ann, bo):
+            gone = hear(room)
+            assert (gone["type"], gone["data"]) == ("post.deleted", {"id": post})
+            assert close_code(room) == 4404
+        say(far, type="message", text="y")
+        assert hear(far)["text"] == "y"
+
+
+BAD_FRAMES: dict[str, str | bytes] = {
+    "half an object": "{",
+    "nothing": "",
+    "bytes": b'{"type":"message","text":"x"}',
+    "100,000 [ in a small frame": "[" * 60_000,
+    "null": "null",
+    "no type": '{"text":"x"}',
+    "another type": '{"type":"shout","text":"x"}',
+    "no text": '{"type":"message"}',
+    "blank text": '{"type":"message","text":" \\n"}',
+    "501 characters": json.dumps({"type": "message", "text": "x" * 501}),
+    "a NUL": '{"type":"message","text":"\\u0000"}',
+    "half a surrogate pair": '{"type":"message","text":"\\ud800"}',
+    "text that is a number": '{"type":"message","text":1}',
+    "a field too many": '{"type":"message","text":"x","from":{"id":1}}',
+    "another token": '{"type":"auth","token":"x"}',
+}
+
+
+@pytest.mark.parametrize("frame", BAD_FRAMES)
+def test_anything_but_a_message_closes_the_room_with_1008(service: Service, frame: str) -> None:
+    person = sign_up(service)
+    post = publish(person)["id"]
+    with in_room(person, post) as other:
+        with in_room(person, post) as room:
+            room.send(BAD_FRAMES[frame])
+            assert close_code(room) == 1008
+        with room_of(service, post) as stranger:
+            stranger.send(BAD_FRAMES[frame])
+            assert close_code(stranger) == (4401 if "token" in frame else 1008)
+        say(other, type="message", text="still here")
+        assert hear(other)["text"] == "still here"
+
+
+@pytest.mark.parametrize("size", [65_537, 2**20])
+def test_a_frame_over_64_kb_closes_the_room_with_1009(service: Service, size: int) -> None:
+    person = sign_up(service)
+    with in_room(person, publish(person)["id"]) as room:
+        room.send("x" * size)
+        assert close_code(room) == 1009
+
+
+def test_more_than_20_messages_in_10_seconds_close_the_room_with_1008(service: Service) -> None:
+    person, other = sign_up(service), sign_up(service)
+    post = publish(person)["id"]
+    with in_room(other, post) as listener, in_room(person, post) as room:
+        with contextlib.suppress(ConnectionClosed):
+            for number in range(40):
+                say(room, type="message", text=f"{number}")
+        assert close_code(room) == 1008
+        assert [hear(listener)["text"] for _ in range(20)] == [f"{number}" for number in range(20)]
+        say(listener, type="message", text="next")
+        assert hear(listener)["text"] == "next"
+
+
+def test_a_bad_token_closes_the_room_with_4401(service: Service) -> None:
+    person = sign_up(service)
+    post = publish(person)["id"]
+    forged = [token for tokens in forgeries(person).values() for token in tokens]
+    left = sign_up(service)
+    left.api.post("/auth/logout")
+    for token in [*forged, left.tokens["access_token"], "", "\u0000", "x" * 50_000]:
+        with room_of(service, post) as room:
+            say(room, type="auth", token=token)
+            assert close_code(room) == 4401, token[:80]
+
+
+def test_a_token_in_the_url_is_not_taken(service: Service) -> None:
+    person = sign_up(service)
+    query = f"?token={person.tokens['access_token']}"
+    bearer = person.api.headers
+    with room_of(service, f"{publish(person)['id']}{query}", additional_headers=bearer) as room:
+        say(room, type="message", text="x")
+        assert close_code(room) == 1008
+
+
+def test_a_post_that_one_does_not_see_closes_the_room_with_4404(service: Service) -> None:
+    author, other = sign_up(service), sign_up(service)
+    draft = write(author)["id"]
+    for person, post in ((other, draft), (other, NEVER), (author, NEVER)):
+        with room_of(service, post) as room:
+            say(room, type="auth", token=person.tokens["access_token"])
+            assert close_code(room) == 4404
+    for person in (author, sign_in_admin(service)):
+        with in_room(person, draft) as room:
+            say(room, type="message", text="x")
+            assert hear(room)["text"] == "x"
+
+
+@pytest.mark.parametrize("post_id", ["0", "-1", str(2**31), "9" * 400, "abc", "1.5", "%00"])
+def test_a_room_with_an_impossible_id_is_refused_with_403(service: Service, post_id: str) -> None:
+    with pytest.raises(InvalidStatus) as refused, room_of(service, post_id):
+        pass
+    assert refused.value.response.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("origin", "welcome"),
+    [
+        (None, True),
+        ("http://localhost:3000", True),
+        ("http://{host}", True),
+        ("https://{host}", True),
+        ("http://evil.example", False),
+        ("http://localhost:3001", False),
+        ("null", False),
+        ("{host}", False),
+        ("http://{host}.evil.example", False),
+        ("http://evil.example/http://{host}", False),
+    ],
+)
+def test_a_foreign_origin_is_refused_with_403(
+    service: Service, origin: str | None, welcome: bool
+) -> None:
+    post = publish(sign_up(service))["id"]
+    sent = origin and origin.replace("{host}", f"127.0.0.1:{service.port}")
+    if welcome:
+        with room_of(service, post, origin=sent) as room:
+            say(room, type="auth", token="x")
+            assert close_code(room) == 4401
+    else:
+        with pytest.raises(InvalidStatus) as refused, room_of(service, post, origin=sent):
+            pass
+        assert refused.value.response.status_code == 403
+
+
+def test_200_people_in_a_room_hear_100_messages_in_order(service: Service) -> None:
+    people = [sign_up(service) for _ in range(5)]
+    post = publish(people[0])["id"]
+    url = f"ws://127.0.0.1:{service.port}/api/v1/ws/posts/{post}"
+
+    async def listen(person: Account, ready: asyncio.Barrier, speaks: bool) -> list[str]:
+        async with connect_async(url, ping_interval=None, compression=None) as room:
+            await room.send(json.dumps({"type": "auth", "token": person.tokens["access_token"]}))
+            assert json.loads(await room.recv())["type"] == "ready"
+            await ready.wait()
+            for number in range(20 if speaks else 0):
+                text = f"{person.id} {number}"
+                await room.send(json.dumps({"type": "message", "text": text}))
+            return [json.loads(await room.recv())["text"] for _ in range(100)]
+
+    async def all_of_them() -> list[list[str]]:
+        ready = asyncio.Barrier(200)
+        many = (listen(people[number % 5], ready, number < 5) for number in range(200))
+        async with asyncio.timeout(30):
+            return await asyncio.gather(*many)
+
+    heard = asyncio.run(all_of_them())
+    assert all(messages == heard[0] for messages in heard)
+    for person in people:
+        mine = [text for text in heard[0] if text.startswith(f"{person.id} ")]
+        assert mine == [f"{person.id} {number}" for number in range(20)]
+
+
+def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Service]) -> None:
+    service = start()
+    person = sign_up(service)
+    post = publish(person)["id"]
+    crowd = []
+    for _ in range(999):
+        crowd.append(socket.create_connection(("127.0.0.1", service.port)))
+        crowd[-1].sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+    for listener in crowd:
+        assert listener.recv(1_000).startswith(b"HTTP/1.1 200 ")
+    with in_room(person, post):
+        full = service.client.get("/events")
+        assert (full.status_code, full.json()["error_code"]) == (503, "UNAVAILABLE")
+        with room_of(service, post) as room:
+            assert close_code(room) == 1013
+    for listener in crowd:
+        listener.close()
+    eventually(lambda: service.client.stream("GET", "/events").__enter__().status_code == 200)
+    with in_room(person, post):
+        pass
+
+
+def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
+    start: Callable[..., Service],
+) -> None:
+    """All of it takes ten seconds, so all of it is waited for at once."""
+    service = start()
+    author, admin = sign_up(service), sign_in_admin(service)
+    out, barred, deleted = (sign_up(service) for _ in range(3))
+    post, draft = publish(author)["id"], write(author)["id"]
+    expiring = forge(author, exp=int(time.time()) + 3)
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        listener = enter(Listener(service, f"?post_id={draft}"))
+        silent = enter(room_of(service, post))
+        stays = enter(in_room(author, post))
+        ending = {person.id: enter(in_room(person, post)) for person in (out, barred, deleted)}
+        in_draft = enter(in_room(author, draft))
+        expires = enter(room_of(service, post))
+        say(expires, type="auth", token=expiring)
+        deaf = enter(socket.create_connection(("127.0.0.1", service.port)))
+        upgrade = "GET /api/v1/ws/posts/1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+        upgrade += "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        deaf.sendall(f"{upgrade}Sec-WebSocket-Key: {'a' * 22}==\r\n\r\n".encode())
+        hello = json.dumps({"type": "auth", "token": author.tokens["access_token"]}).encode()
+        deaf.sendall(b"\x81\xfe" + len(hello).to_bytes(2) + b"\0\0\0\0" + hello)
+        out.api.post("/auth/logout")
+        admin.api.patch(f"/users/{barred.id}", json={"is_active": False})
+        admin.api.delete(f"/users/{deleted.id}")
+        author.api.delete(f"/posts/{draft}")
+        began = time.monotonic()
+        received = b""
+        while more := deaf.recv(10_000):  # it reads, but never answers a ping
+            received += more
+        assert b"keepalive ping timeout" in received
+        assert time.monotonic() - began < 12
+        assert close_code(silent, 12) == 1008
+        assert [close_code(room, 12) for room in ending.values()] == [4401] * 3
+        assert close_code(expires, 12) == 4401
+        assert close_code(in_draft, 12) == 4404
+        eventually(lambda: listener.pings, 12)
+        assert listener.events == []
+        say(stays, type="message", text="still here")
+        while hear(stays).get("text") != "still here":
+            pass
+
+
+def test_sigterm_ends_rooms_and_streams_at_once(start: Callable[..., Service]) -> None:
+    service = start()
+    person = sign_up(service)
+    post = publish(person)["id"]
+    with (
+        Listener(service) as listener,
+        in_room(person, post) as room,
+        room_of(service, post) as stranger,
+    ):
+        comment(person, post)
+        listener.wait(1)
+        began = time.monotonic()
+        assert service.stop() in (0, -signal.SIGTERM)
+        assert time.monotonic() - began < 2
+        assert listener.ended()
+        assert close_code(room) == 1012
+        assert close_code(stranger) == 1012
+    assert "Traceback" not in service.log.read_text()
+    assert "ERROR" not in service.log.read_text()
 
 
 # --- Mail -----------------------------------------------------------------------------------------
