@@ -3218,19 +3218,32 @@ def test_the_compose_file_in_readme_names_real_settings() -> None:
 
 def test_the_tour_in_readme_works_as_shown(start: Callable[..., Service]) -> None:
     service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
-    (tour,) = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
+    (watched,) = (block for block in blocks if "curl -N" in block)
+    tour = "".join(block for block in blocks if block != watched)
     steps = re.findall(r"^\$ (.*?(?:\\\n.*?)*)\n((?:(?!\$ ).*\n)*)", tour, re.MULTILINE)
-    assert len(steps) >= 5
+    assert len(steps) >= 10
     script = "".join(f"{command}\necho; echo ----\n" for command, _ in steps)
-    script = script.replace("http://localhost:8000", service.address)
-    ran = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, timeout=30)
-    printed = ran.stdout.split("----\n")
-    assert len(printed) == len(steps) + 1, ran.stderr
 
     def plain(text: str) -> str:
         text = re.sub(r"20\d\d-[\d:.T-]+Z", "TIME", text)
         text = re.sub(r'"ey[^"]*"', '"TOKEN"', text)
+        text = re.sub(r"^id: [0-9a-f]{8}-", "id: RUN-", text, flags=re.MULTILINE)
         return re.sub(r'"[0-9a-f]{16}"', '"ID"', text).strip()
 
+    def here(command: str) -> list[str]:
+        return ["bash", "-euc", command.replace("http://localhost:8000", service.address)]
+
+    watching, events = watched.removeprefix("$ ").split("\n", 1)
+    headers = service.folder / "headers"
+    command = here(f"exec {watching} -s -D {headers}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watch:
+        eventually(lambda: headers.exists() and headers.read_text().endswith("\n\n"))
+        ran = subprocess.run(here(script), capture_output=True, text=True, timeout=30)
+        service.stop()
+        seen = watch.communicate(timeout=5)[0].decode()
+    printed = ran.stdout.split("----\n")
+    assert len(printed) == len(steps) + 1, ran.stderr
     for (command, shown), got in zip(steps, printed, strict=False):
         assert plain(got) == plain(shown), command
+    assert plain(seen) == plain(events)
