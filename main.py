@@ -1261,8 +1261,8 @@ class EventStream(StreamingResponse):
 async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
     """Events as a browser's EventSource reads them; `reset` says that some are missing."""
     if place is None:
-        yield "event: reset\ndata: {}\n\n"
         place = events.count
+        yield f"id: {events.run}-{place}\nevent: reset\ndata: {{}}\n\n"
     async for found in events.follow(place, post_id):
         lines = (f"id: {e.id}\nevent: {e.kind}\ndata: {e.data}\n\n" for e in found)
         yield "".join(lines) or ": ping\n\n"

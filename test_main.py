@@ -2536,8 +2536,9 @@ def test_who_names_an_unknown_event_is_told_to_start_anew(service: Service, last
     run = first.ids[0].partition("-")[0]
     with Listener(service, f"?last_event_id={last.replace('{run}', run)}") as listener:
         assert listener.wait(1) == [("reset", {})]
-        post = publish(author)
-        assert listener.wait(2)[1:] == [("post.published", without_content(post))]
+    post = publish(author)
+    with Listener(service, **{"Last-Event-ID": listener.ids[0]}) as again:
+        assert again.wait(1) == [("post.published", without_content(post))]
 
 
 def insert_posts(service: Service, author: Account, times: int) -> None:
@@ -2825,6 +2826,7 @@ def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
         upgrade = "GET /api/v1/ws/posts/1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
         upgrade += "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         deaf.sendall(f"{upgrade}Sec-WebSocket-Key: {'a' * 22}==\r\n\r\n".encode())
+        assert deaf.recv(1_000).startswith(b"HTTP/1.1 101 ")
         hello = json.dumps({"type": "auth", "token": author.tokens["access_token"]}).encode()
         deaf.sendall(b"\x81\xfe" + len(hello).to_bytes(2) + b"\0\0\0\0" + hello)
         out.api.post("/auth/logout")
@@ -2835,6 +2837,7 @@ def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
         received = b""
         while more := deaf.recv(10_000):  # it reads, but never answers a ping
             received += more
+        assert b'"type":"ready"' in received
         assert b"keepalive ping timeout" in received
         assert time.monotonic() - began < 12
         assert close_code(silent, 12) == 1008
