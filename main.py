@@ -914,16 +914,14 @@ OwnPost = Annotated[Post, Depends(own_post)]
 auth = APIRouter(tags=["auth"])
 
 
-async def add_user(db: AsyncSession, body: UserCreate) -> User:
+async def add_user(db: AsyncSession, body: UserCreate, send_welcome: bool = True) -> User:
     hashed = await hash_password(body.password)
     user = User.model_validate(body, update={"hashed_password": hashed})
     db.add(user)
     await db.commit()
+    if send_welcome:
+        send_mail(user.email, "Welcome", f"Hello {user.full_name},\n\nyour account is ready.\n")
     return user
-
-
-def welcome(user: User) -> None:
-    send_mail(user.email, "Welcome", f"Hello {user.full_name},\n\nyour account is ready.\n")
 
 
 @auth.post("/register", status_code=201, response_model=UserRead)
@@ -931,9 +929,7 @@ async def register(body: UserCreate, db: WriteDB) -> User:
     """Make yourself an account."""
     if settings.registration == "closed":
         raise Refusal("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
-    user = await add_user(db, body)
-    welcome(user)
-    return user
+    return await add_user(db, body)
 
 
 @auth.post("/login")
@@ -1037,10 +1033,7 @@ async def list_users(
 @users.post("", status_code=201, response_model=UserRead, dependencies=[ForSuperusers])
 async def create_user(body: UserCreateByAdmin, db: WriteDB, send_welcome: bool = False) -> User:
     """Make an account for somebody."""
-    user = await add_user(db, body)
-    if send_welcome:
-        welcome(user)
-    return user
+    return await add_user(db, body, send_welcome)
 
 
 @users.get("/{user}", response_model=UserRead | UserPublic)
