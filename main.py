@@ -62,14 +62,11 @@ from pydantic.functional_validators import BeforeValidator, field_validator, mod
 from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import Column, Connection, Integer, delete, event, func, make_url, or_, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy import Column, Connection, Integer, delete, event, exc, func, make_url, or_, update
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import AutoString, Field, Relationship, SQLModel, col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
@@ -224,7 +221,7 @@ REFUSALS = {
     "UNAVAILABLE": (503, "The service is busy, try again"),
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-DATABASE_ERRORS = (DBAPIError, PoolTimeoutError, sqlite3.Error, OSError)
+DATABASE_ERRORS = (exc.DBAPIError, exc.TimeoutError, sqlite3.Error, OSError)
 REFUSAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
@@ -270,7 +267,7 @@ async def on_invalid_input(request: Request, error: Any) -> Response:
 async def on_database_error(request: Request, error: Any) -> Response:
     """The database keeps the rules, so that no check can race; here its refusals get names.
     All else is a lock or connection that came too late, a full disk, a server that is gone."""
-    if isinstance(error, IntegrityError):
+    if isinstance(error, exc.IntegrityError):
         taken = re.search("user[._]email", str(error.orig))
         return await on_refusal(request, Refusal("EMAIL_TAKEN" if taken else "CONFLICT"))
     log.error("the database failed: %s", str(error).partition("\n")[0])
@@ -1441,7 +1438,7 @@ class FrontDoor:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = perf_counter()
-        headers = Headers(scope=scope)
+        headers = Request(scope).headers
         asked = headers.get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -1478,7 +1475,7 @@ class Guard:
             return message
 
         try:
-            if int(Headers(scope=scope).get("content-length", 0)) > MAX_BODY_BYTES:
+            if int(Request(scope).headers.get("content-length", 0)) > MAX_BODY_BYTES:
                 raise Refusal("BODY_TOO_LARGE")
             await self.app(scope, receive_some, send)
         except (Exception, asyncio.CancelledError) as error:
