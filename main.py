@@ -29,6 +29,7 @@ import sqlite3
 import ssl
 import string
 import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -39,8 +40,6 @@ from http import HTTPStatus
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from threading import BoundedSemaphore, Thread, current_thread, main_thread
-from threading import enumerate as threads
 from time import perf_counter
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -747,8 +746,6 @@ def announce(kind: str, post: Any, data: Any = None) -> None:
 # Each mail has a thread that ends with the process, so that a mail server that hangs delays neither
 # an answer nor a stop. What cannot be sent is a line in the log, and not retried.
 
-mail_places = BoundedSemaphore(50)
-
 
 def deliver(to: str, subject: str, body: str) -> None:
     """Speaks SMTP, encrypted where the server offers it; smtps:// insists."""
@@ -773,25 +770,27 @@ def deliver_or_log(*mail: str) -> None:
         deliver(*mail) if settings.smtp_url else print("Mail to", *mail, sep="\n", flush=True)
     except (OSError, ValueError) as error:  # their text may name the receiver
         log.error("mail not sent: %s", type(error).__name__)
-    finally:
-        mail_places.release()
+
+
+def mails_under_way() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "mail"]
 
 
 def send_mail(to: str, subject: str, body: str) -> None:
     if settings.smtp_url is None and settings.production:
         log.warning("mail not sent: SMTP_URL is not set")
-    elif mail_places.acquire(blocking=False):
-        Thread(target=deliver_or_log, args=(to, subject, body), name="mail", daemon=True).start()
-    else:
+    elif len(mails_under_way()) >= 50:
         log.error("mail not sent: too many are under way")
+    else:
+        mail = (to, subject, body)
+        threading.Thread(target=deliver_or_log, args=mail, name="mail", daemon=True).start()
 
 
 def last_mails(seconds: float) -> None:
     """Gives the mails under way a moment to leave."""
     until = perf_counter() + seconds
-    for thread in threads():
-        if thread.name == "mail":
-            thread.join(max(0, until - perf_counter()))
+    for thread in mails_under_way():
+        thread.join(max(0, until - perf_counter()))
 
 
 # --- Dependencies ---------------------------------------------------------------------------------
@@ -1565,7 +1564,7 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         os._exit(3)  # raising would print a traceback after this line
     for number in HANDLED_SIGNALS:
         usual = signal.getsignal(number)
-        if callable(usual) and current_thread() is main_thread():
+        if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
     yield
     await to_thread.run_sync(last_mails, 1.0)
