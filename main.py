@@ -849,6 +849,9 @@ def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
 ForSuperusers = Depends(require_role("admin"))
 Superuser = Annotated[User, ForSuperusers]
 LoginForm = Annotated[OAuth2PasswordRequestForm, Depends()]
+AskedPage = Annotated[PageQuery, Query()]
+AskedUsers = Annotated[UserQuery, Query()]
+AskedPosts = Annotated[PostQuery, Query()]
 
 
 async def user_id(user: Literal["me"] | Id, me: CurrentUser) -> int:
@@ -1005,9 +1008,7 @@ async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
     return found[user_id]
 
 
-async def page_of(
-    db: AsyncSession, rows: Any, asked: PageQuery, kind: type[Page[Item]]
-) -> Page[Item]:
+async def page_of(db: ReadDB, rows: Any, asked: PageQuery, kind: type[Page[Item]]) -> Page[Item]:
     """One page of all rows, each row as the kind of page shows it."""
     total = (await db.exec(select(func.count()).select_from(rows.order_by(None).subquery()))).one()
     items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
@@ -1016,9 +1017,7 @@ async def page_of(
 
 
 @users.get("", response_model=Page[UserRead] | Page[UserPublic])
-async def list_users(
-    asked: Annotated[UserQuery, Query()], me: CurrentUser, db: ReadDB
-) -> Page[Any]:
+async def list_users(asked: AskedUsers, me: CurrentUser, db: ReadDB) -> Page[Any]:
     """All users, by id. Superusers see every field."""
     rows = select(User).order_by(col(User.id))
     if asked.is_active is not None:
@@ -1081,10 +1080,8 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
         await asyncio.sleep(0)  # listeners keep up
 
 
-@users.get("/me/posts", response_model=Page[PostRead])
-async def list_own_posts(
-    asked: Annotated[PageQuery, Query()], me: CurrentUser, db: ReadDB
-) -> Page[PostRead]:
+@users.get("/me/posts")
+async def list_own_posts(asked: AskedPage, me: CurrentUser, db: ReadDB) -> Page[PostRead]:
     """Your own posts, newest first, drafts included."""
     rows = select(Post).where(Post.author_id == me.id).order_by(col(Post.id).desc())
     return await page_of(db, rows, asked, Page[PostRead])
@@ -1102,10 +1099,8 @@ def tell_of_publication(post: Post) -> None:
         send_mail(settings.admin_email, "A post was published", what)
 
 
-@posts.get("", response_model=Page[PostRead], openapi_extra=ForAnyone)
-async def list_posts(
-    asked: Annotated[PostQuery, Query()], me: MaybeUser, db: ReadDB
-) -> Page[PostRead]:
+@posts.get("", openapi_extra=ForAnyone)
+async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostRead]:
     """Published posts, newest first. To read on from a post, name it in `before`: that is fast
     however many there are."""
     rows = select(Post).where(Post.is_published)
@@ -1184,12 +1179,8 @@ async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
 comments = APIRouter(tags=["comments"])
 
 
-@comments.get(
-    "/posts/{post_id}/comments", response_model=Page[CommentRead], openapi_extra=ForAnyone
-)
-async def list_comments(
-    post: VisiblePost, asked: Annotated[PageQuery, Query()], db: ReadDB
-) -> Page[CommentRead]:
+@comments.get("/posts/{post_id}/comments", openapi_extra=ForAnyone)
+async def list_comments(post: VisiblePost, asked: AskedPage, db: ReadDB) -> Page[CommentRead]:
     """The comments on a post, oldest first."""
     rows = select(Comment).where(Comment.post_id == post.id).order_by(col(Comment.id))
     return await page_of(db, rows, asked, Page[CommentRead])
