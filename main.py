@@ -290,6 +290,7 @@ Content = Annotated[str, Field(max_length=100_000), StringConstraints(pattern=NO
 Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
 CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed]
 Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
+SESSION_LIFE = timedelta(days=settings.refresh_token_expire_days)
 Item = TypeVar("Item")
 
 
@@ -363,11 +364,14 @@ class User(Person, Stored, table=True):
         return self.role == "admin"
 
 
-class UserPublic(SQLModel):
-    """What everybody who is signed in may know of somebody."""
-
+class Author(SQLModel):
     id: int
     full_name: str
+
+
+class UserPublic(Author):
+    """What everybody who is signed in may know of somebody."""
+
     bio: Bio
     avatar_url: AvatarUrl
     created_at: datetime
@@ -383,10 +387,6 @@ class UserRead(UserPublic, Person):
     updated_at: datetime
 
 
-def session_end() -> datetime:
-    return now() + timedelta(days=settings.refresh_token_expire_days)
-
-
 class LoginSession(SQLModel, table=True):
     """One login. Each refresh replaces `refresh_jti` and keeps the one before it."""
 
@@ -397,7 +397,7 @@ class LoginSession(SQLModel, table=True):
     refresh_jti: str = Field(default_factory=secrets.token_urlsafe)
     previous_jti: str | None = None
     rotated_at: datetime = Field(default_factory=now)
-    expires_at: datetime = Field(default_factory=session_end)
+    expires_at: datetime = Field(default_factory=lambda: now() + SESSION_LIFE)
     user: User = Relationship(sa_relationship_kwargs={"lazy": "joined"})
 
 
@@ -433,11 +433,6 @@ class Post(PostCreate, Stored, table=True):
     updated_at: datetime = Field(default_factory=now, sa_column_kwargs={"onupdate": now})
     author_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
     author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
-
-
-class Author(SQLModel):
-    id: int
-    full_name: str
 
 
 class PostRead(PostCreate):
