@@ -470,26 +470,21 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-def first_moment(text: str) -> datetime:
-    """A time, or of a date its first moment; UTC where no zone is given."""
-    moment = datetime.fromisoformat(text)
+def moment(text: str, of_date: time = time.min) -> datetime:
+    """A time, or of a date its first moment or another; UTC where no zone is given."""
+    with suppress(ValueError):
+        return datetime.combine(date.fromisoformat(text), of_date, UTC)
+    found = datetime.fromisoformat(text)
     try:
-        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
     except OverflowError:
         raise ValueError("is before or after all time") from None
 
 
-def last_moment(text: str) -> datetime:
-    """A time, or of a date its last moment."""
-    with suppress(ValueError):
-        return datetime.combine(date.fromisoformat(text), time.max, UTC)
-    return first_moment(text)
-
-
 class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
-    min_date: Annotated[datetime | None, BeforeValidator(first_moment)] = None
-    max_date: Annotated[datetime | None, BeforeValidator(last_moment)] = None
+    min_date: Annotated[datetime | None, BeforeValidator(moment)] = None
+    max_date: Annotated[datetime | None, BeforeValidator(partial(moment, of_date=time.max))] = None
     sort: Sort | None = None
     before: Id | None = None
 
