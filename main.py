@@ -38,7 +38,6 @@ from email.message import EmailMessage
 from functools import cache, partial
 from http import HTTPStatus
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
@@ -46,7 +45,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import bcrypt
 import uvicorn
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -691,25 +690,21 @@ class Hub:
         place = int(number) if run == self.run and re.fullmatch("[0-9]{1,15}", number) else -1
         return place if self.count - len(self.log) <= place <= self.count else None
 
-    async def next_news(self, place: int, seconds: float) -> None:
-        if place == self.count and not self.closed:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self.news.wait()
-
     async def follow(self, place: int, post_id: int | None = None) -> AsyncIterator[list[Event]]:
         """What comes after that place, as it comes, and every ten seconds an empty list. It ends
         for who fell out of the log."""
         pulse = perf_counter() + PATIENCE_SECONDS
         while not self.closed and self.count - place <= len(self.log):
-            new = [*islice(reversed(self.log), self.count - place)][::-1]
+            news = self.news  # what comes while we look and tell is not slept through
+            new = [self.log[i] for i in range(place - self.count, 0)]
             place = self.count
             if found := [event for event in new if post_id in (None, event.post_id)]:
                 yield found
             if perf_counter() >= pulse:
                 yield []
                 pulse = perf_counter() + PATIENCE_SECONDS
-            await self.next_news(place, pulse - perf_counter())
+            with move_on_after(pulse - perf_counter()):
+                await news.wait()
 
     @contextmanager
     def listener(self) -> Iterator[None]:
