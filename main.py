@@ -31,8 +31,8 @@ import string
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
 from functools import cache, partial
@@ -45,7 +45,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import bcrypt
 import uvicorn
-from anyio import CapacityLimiter, move_on_after, to_thread
+from anyio import CapacityLimiter, fail_after, move_on_after, to_thread
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -666,7 +666,7 @@ class Hub:
         self.log: deque[Event] = deque(maxlen=1_000)
         self.count = 0  # of all events so far, and so the place behind the newest
         self.news = asyncio.Event()
-        self.listeners = 0
+        self.seats = CapacityLimiter(MAX_LISTENERS)
         self.closed = False
 
     def add(self, kind: str, post_id: int, data: Any) -> None:
@@ -706,15 +706,11 @@ class Hub:
             with move_on_after(pulse - perf_counter()):
                 await news.wait()
 
-    @contextmanager
-    def listener(self) -> Iterator[None]:
-        if self.listeners >= MAX_LISTENERS:
+    def seat(self) -> CapacityLimiter:
+        """Take it with `async with`: it is free again when the listener leaves."""
+        if self.seats.available_tokens == 0:
             raise Refusal("UNAVAILABLE", "Too many are listening")
-        self.listeners += 1
-        try:
-            yield
-        finally:
-            self.listeners -= 1
+        return self.seats
 
 
 events, chat = Hub(), Hub()  # what happens to posts, and what people say in their rooms
@@ -1216,11 +1212,12 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            with fail_after(PATIENCE_SECONDS):
                 await send(message)
 
-        with events.listener(), suppress(TimeoutError):
-            await super().__call__(scope, receive, send_in_time)
+        with suppress(TimeoutError):
+            async with events.seat():
+                await super().__call__(scope, receive, send_in_time)
 
 
 async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
@@ -1331,7 +1328,7 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
     await socket.accept()
     guest, code = Visit(socket, post_id), 0
     try:
-        with events.listener():
+        async with events.seat():
             await guest.enter()
             async with asyncio.TaskGroup() as works:
                 for work in (guest.speak(), guest.hear(events), guest.hear(chat)):
