@@ -31,7 +31,7 @@ import string
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
@@ -1265,32 +1265,21 @@ class Visit:
     def __init__(self, socket: WebSocket, post_id: int) -> None:
         self.socket, self.post_id = socket, post_id
 
-    async def within(self, seconds: float | None, doing: Awaitable[Item]) -> Item:
-        try:
-            async with asyncio.timeout(seconds):
-                return await doing
-        except TimeoutError:
-            raise Refusal("BAD_REQUEST") from None
-        except RuntimeError:  # the socket is closed already
-            raise WebSocketDisconnect from None
-
     async def read(self, kind: type[BodyType], seconds: float | None = None) -> BodyType:
-        try:
-            return kind.model_validate_json(await self.within(seconds, self.socket.receive_text()))
-        except (KeyError, ValidationError):  # KeyError: it is not text
-            raise Refusal("BAD_REQUEST") from None
+        with suppress(KeyError, ValidationError), move_on_after(seconds):  # KeyError: no text
+            return kind.model_validate_json(await self.socket.receive_text())
+        raise Refusal("BAD_REQUEST")
 
     async def check(self) -> User:
         """May they be here, now?"""
-        if self.claims.exp <= now().timestamp():
-            raise Refusal("INVALID_TOKEN")
+        claims = read_token(self.token, "access")
         async with AsyncSession(readers, expire_on_commit=False) as db:
-            session = await live_session(db, self.claims)
+            session = await live_session(db, claims)
             await find_post(db, self.post_id, session.user)
             return session.user
 
     async def enter(self) -> None:
-        self.claims = read_token((await self.read(Hello, PATIENCE_SECONDS)).token, "access")
+        self.token = (await self.read(Hello, PATIENCE_SECONDS)).token
         self.places = {events: events.count, chat: chat.count}  # from here on nothing is missed
         self.me = Author.model_validate(await self.check()).model_dump()
         await self.socket.send_json({"type": "ready", "user": self.me})
@@ -1309,8 +1298,8 @@ class Visit:
         async for found in hub.follow(self.places[hub], self.post_id):
             for e in found:
                 frame = f'{{"type":"{e.kind}","id":"{e.id}","data":{e.data}}}'
-                sending = self.socket.send_text(e.data if hub is chat else frame)
-                await self.within(PATIENCE_SECONDS, sending)
+                with fail_after(PATIENCE_SECONDS):
+                    await self.socket.send_text(e.data if hub is chat else frame)
                 if e.kind == "post.deleted":
                     raise Refusal("NOT_FOUND")
             if not found and hub is events:
@@ -1333,15 +1322,15 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
             async with asyncio.TaskGroup() as works:
                 for work in (guest.speak(), guest.hear(events), guest.hear(chat)):
                     works.create_task(work)
-    except* WebSocketDisconnect:
+    except* (WebSocketDisconnect, RuntimeError):  # RuntimeError: it was closed already
         pass
     except* Refusal as refused:
         code = CLOSE_CODES[getattr(refused.exceptions[0], "code", "")]
-    except* DATABASE_ERRORS:
+    except* DATABASE_ERRORS:  # or a client that does not read: TimeoutError is an OSError
         code = 1013
     if code:
-        with suppress(WebSocketDisconnect, Refusal):
-            await guest.within(1, socket.close(code))
+        with suppress(WebSocketDisconnect, RuntimeError), move_on_after(1):
+            await socket.close(code)
 
 
 # --- Pages ----------------------------------------------------------------------------------------
