@@ -1205,6 +1205,8 @@ live = APIRouter(tags=["live"])
 CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "UNAVAILABLE": 1013}
 MAX_FRAME_BYTES = 64 * 1024
 BodyType = TypeVar("BodyType", bound=Body)
+Resumed = Annotated[str, Header(alias="Last-Event-ID")]
+AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
 
 
 class EventStream(StreamingResponse):
@@ -1232,15 +1234,9 @@ async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
             return
 
 
-AS_EVENTS: Any = {200: {"content": {EventStream.media_type: {}}}}
-
-
 @live.get("/events", response_class=Response, responses=AS_EVENTS, openapi_extra=ForAnyone)
 async def stream_events(
-    me: MaybeUser,
-    post_id: Id | None = None,
-    last_event_id: str = "",
-    resumed: Annotated[str, Header(alias="Last-Event-ID")] = "",
+    me: MaybeUser, post_id: Id | None = None, last_event_id: str = "", resumed: Resumed = ""
 ) -> EventStream:
     """What happens to published posts, or to one of them, as it happens. Who names the last event
     they saw gets what they missed."""
