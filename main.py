@@ -849,7 +849,7 @@ async def own_user_id(user_id: UserId, me: CurrentUser) -> int:
     return user_id
 
 
-OwnUserId = Annotated[int, Depends(own_user_id)]
+OwnId = Annotated[int, Depends(own_user_id)]
 
 
 def may_change(me: User | None, theirs: Post | Comment) -> bool:
@@ -1023,11 +1023,9 @@ async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
 
 
 @users.patch("/{user}", response_model=UserRead)
-async def update_user(
-    user_id: OwnUserId, body: UserUpdate, session: CurrentSession, db: WriteDB
-) -> User:
+async def update_user(user_id: OwnId, body: UserUpdate, this: CurrentSession, db: WriteDB) -> User:
     """Change the fields that are sent. Your own email or password needs `current_password`."""
-    me, own, sent = session.user, user_id == session.user_id, body.model_fields_set
+    me, own, sent = this.user, user_id == this.user_id, body.model_fields_set
     if sent & {"role", "is_active"} and not me.is_superuser:
         raise Refusal("INSUFFICIENT_PERMISSIONS")
     if sent & {"role", "is_active"} and own:
@@ -1040,7 +1038,7 @@ async def update_user(
     user = await hold_user(db, user_id, me)
     user.sqlmodel_update(values)
     if "password" in sent or not user.is_active:
-        theirs, other = col(LoginSession.user_id) == user_id, col(LoginSession.id) != session.id
+        theirs, other = col(LoginSession.user_id) == user_id, col(LoginSession.id) != this.id
         await db.exec(delete(LoginSession).where(theirs, other))
     await db.commit()
     return user
@@ -1168,12 +1166,9 @@ async def list_comments(post: VisiblePost, asked: AskedPage, db: ReadDB) -> Page
 
 
 @comments.post("/posts/{post_id}/comments", status_code=201, response_model=CommentRead)
-async def create_comment(
-    post: HeldPost, body: CommentCreate, me: CurrentUser, db: WriteDB
-) -> Comment:
+async def add_comment(post: HeldPost, body: CommentCreate, me: CurrentUser, db: WriteDB) -> Comment:
     """Comment on a post that you see."""
-    owners = {"author_id": me.id, "post_id": post.id}
-    comment = Comment.model_validate(body, update=owners)
+    comment = Comment.model_validate(body, update={"author_id": me.id, "post_id": post.id})
     db.add(comment)
     await db.commit()
     set_committed_value(comment, "author", me)
