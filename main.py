@@ -245,9 +245,8 @@ async def on_refusal(request: Request, error: Any) -> Response:
     code = getattr(error, "code", HTTPStatus(error.status_code).name)
     headers = error.headers
     if error.status_code == 405:  # FastAPI names the methods of one route, not all of the path
-        scopes = [{**request.scope, "method": method} for method in METHODS]
-        pairs = [(scope, route) for scope in scopes for route in request.app.routes]
-        found = [s["method"] for s, route in pairs if route.matches(s)[0] is Match.FULL]
+        asked = [(dict(request.scope, method=m), r) for m in METHODS for r in request.app.routes]
+        found = [scope["method"] for scope, r in asked if r.matches(scope)[0] is Match.FULL]
         headers = {"Allow": ", ".join(found)}
     body = {"detail": error.detail, "error_code": code, "request_id": request.state.request_id}
     # json.dumps writes ASCII: even half of a surrogate pair in the name of a field gets out.
@@ -736,9 +735,8 @@ def deliver(to: str, subject: str, body: str) -> None:
     mail["From"] = settings.mail_from or "nutshell@localhost"
     mail["To"], mail["Subject"] = to, subject
     mail.set_content(body)
-    where: dict[str, Any] = {"host": url.hostname, "port": url.port or 0, "timeout": 5}
-    smtps = url.scheme == "smtps"
-    with smtplib.SMTP_SSL(**where, context=tls) if smtps else smtplib.SMTP(**where) as server:
+    connect = partial(smtplib.SMTP_SSL, context=tls) if url.scheme == "smtps" else smtplib.SMTP
+    with connect(url.hostname or "", url.port or 0, timeout=5) as server:
         with suppress(smtplib.SMTPNotSupportedError):
             server.starttls(context=tls)
         if url.username:
@@ -1091,10 +1089,9 @@ async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostR
         rows = rows.where(Post.created_at >= asked.min_date)
     if asked.max_date:
         rows = rows.where(Post.created_at <= asked.max_date)
-    if asked.sort:
-        order = getattr(Post, asked.sort.removeprefix("-"))
-        rows = rows.order_by(order.desc() if asked.sort.startswith("-") else order)
-    rows = rows.order_by(col(Post.id).desc())
+    sort = asked.sort or "-id"
+    order = getattr(Post, sort.removeprefix("-"))
+    rows = rows.order_by(order.desc() if sort.startswith("-") else order, col(Post.id).desc())
     if asked.before is None:
         return await page_of(db, rows, asked, Page[PostRead])
     items = (await db.exec(rows.where(Post.id < asked.before).limit(asked.size))).all()
@@ -1366,8 +1363,7 @@ async def swagger_ui() -> Response:
 
 MAX_BODY_BYTES = 1024 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-REQUEST_HEADERS = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID"]
-REQUEST_HEADERS += ["X-Request-ID"]
+TAKEN_HEADERS = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"]
 EXPOSED_HEADERS = ["ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"]
 EXPOSED_HEADERS += ["X-Request-ID", "X-Process-Time", "X-Cache"]
 
@@ -1382,7 +1378,7 @@ class FrontDoor:
             allow_origins=settings.cors_origins,
             allow_credentials="*" not in settings.cors_origins,
             allow_methods=["*"],
-            allow_headers=REQUEST_HEADERS,
+            allow_headers=TAKEN_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
 
