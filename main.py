@@ -70,7 +70,6 @@ from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
-from uvicorn.server import HANDLED_SIGNALS
 
 API = "/api/v1"
 log = logging.getLogger("nutshell")
@@ -690,8 +689,7 @@ class Hub:
         return place if self.count - len(self.log) <= place <= self.count else None
 
     async def follow(self, place: int, post_id: int | None = None) -> AsyncIterator[list[Event]]:
-        """What comes after that place, as it comes, and every ten seconds an empty list. It ends
-        for who fell out of the log."""
+        """Events as they come, every ten seconds none; it ends for who fell out of the log."""
         pulse = perf_counter() + PATIENCE_SECONDS
         while not self.closed and self.count - place <= len(self.log):
             news = self.news  # what comes while we look and tell is not slept through
@@ -1078,8 +1076,7 @@ def tell_of_publication(post: Post) -> None:
 
 @posts.get("", openapi_extra=ForAnyone)
 async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostRead]:
-    """Published posts, newest first. To read on from a post, name it in `before`: that is fast
-    however many there are."""
+    """Published posts, newest first. `before` reads on from a post, fast however many there are."""
     rows = select(Post).where(Post.is_published)
     if asked.author:
         names = col(User.first_name), col(User.last_name)
@@ -1195,7 +1192,6 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
 
 live = APIRouter(tags=["live"])
 CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "UNAVAILABLE": 1013}
-MAX_FRAME_BYTES = 64 * 1024
 BodyType = TypeVar("BodyType", bound=Body)
 Resumed = Annotated[str, Header(alias="Last-Event-ID")]
 AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
@@ -1230,8 +1226,7 @@ async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
 async def stream_events(
     me: MaybeUser, post_id: Id | None = None, last_event_id: str = "", resumed: Resumed = ""
 ) -> EventStream:
-    """What happens to published posts, or to one of them, as it happens. Who names the last event
-    they saw gets what they missed."""
+    """What happens to published posts, or to one. Name your last event to get what you missed."""
     last = resumed or last_event_id
     place = events.place_after(last) if last else events.count
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -1511,7 +1506,7 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         reason = str(error).partition("\n")[0]
         log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
         os._exit(3)  # raising would print a traceback after this line
-    for number in HANDLED_SIGNALS:
+    for number in uvicorn.server.HANDLED_SIGNALS:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
@@ -1534,8 +1529,7 @@ app = FastAPI(
     responses={code: {"model": Problem, "description": "Refused"} for code in ("4XX", "5XX")},
     middleware=[Middleware(FrontDoor), Middleware(Guard)],
     exception_handlers={
-        HTTPException: on_refusal,
-        RequestValidationError: on_invalid_input,
+        HTTPException: on_refusal, RequestValidationError: on_invalid_input,
         **dict.fromkeys(DATABASE_ERRORS, on_database_error),
     },
 )  # fmt: skip
@@ -1561,6 +1555,6 @@ if __name__ == "__main__":
         "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
         proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
-        ws_max_size=MAX_FRAME_BYTES, ws_per_message_deflate=False,
+        ws_max_size=64 * 1024, ws_per_message_deflate=False,
         ws_ping_interval=PATIENCE_SECONDS / 2, ws_ping_timeout=PATIENCE_SECONDS / 2,
     )  # fmt: skip
