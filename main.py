@@ -1319,7 +1319,6 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
 # --- Pages ----------------------------------------------------------------------------------------
 
 pages = APIRouter(tags=["pages"])
-docs = APIRouter(include_in_schema=False)
 
 
 async def ask_database() -> None:
@@ -1342,7 +1341,6 @@ async def root() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@docs.get("/docs")
 async def swagger_ui() -> Response:
     """Its scripts come from a package, so that it works without a network; else from a CDN."""
     files: dict[str, Any] = {}
@@ -1540,7 +1538,7 @@ app.include_router(comments, prefix=API)
 app.include_router(live, prefix=API)
 app.include_router(pages)
 if not settings.production:
-    app.include_router(docs)
+    app.add_api_route("/docs", swagger_ui, include_in_schema=False)
     if find_spec("fastapi_swagger"):
         app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
 
