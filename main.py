@@ -1192,7 +1192,6 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
 
 live = APIRouter(tags=["live"])
 CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "UNAVAILABLE": 1013}
-BodyType = TypeVar("BodyType", bound=Body)
 Resumed = Annotated[str, Header(alias="Last-Event-ID")]
 AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
 
@@ -1248,7 +1247,7 @@ class Visit:
     def __init__(self, socket: WebSocket, post_id: int) -> None:
         self.socket, self.post_id = socket, post_id
 
-    async def read(self, kind: type[BodyType], seconds: float | None = None) -> BodyType:
+    async def read(self, kind: type[Body], seconds: float | None = None) -> Any:
         with suppress(KeyError, ValidationError), move_on_after(seconds):  # KeyError: no text
             return kind.model_validate_json(await self.socket.receive_text())
         raise Refusal("BAD_REQUEST")
