@@ -31,7 +31,7 @@ import string
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
@@ -45,7 +45,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import bcrypt
 import uvicorn
-from anyio import CapacityLimiter, fail_after, move_on_after, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -70,6 +70,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 API = "/api/v1"
 log = logging.getLogger("nutshell")
@@ -266,7 +267,7 @@ async def on_database_error(request: Request, error: Any) -> Response:
     if isinstance(error, exc.IntegrityError):
         taken = re.search("user[._]email", str(error.orig))
         return await on_refusal(request, Refusal("EMAIL_TAKEN" if taken else "CONFLICT"))
-    log.error("the database failed: %s", str(error).partition("\n")[0])
+    log.error("the database failed: %s", str(error).partition("\n")[0] or type(error).__name__)
     return await on_refusal(request, Refusal("UNAVAILABLE"))
 
 
@@ -478,10 +479,13 @@ def moment(text: str, of_date: time = time.min) -> datetime:
         raise ValueError("is before or after all time") from None
 
 
+last_moment = partial(moment, of_date=time.max)
+
+
 class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
-    min_date: Annotated[datetime | None, BeforeValidator(moment)] = None
-    max_date: Annotated[datetime | None, BeforeValidator(partial(moment, of_date=time.max))] = None
+    min_date: Annotated[datetime | None, BeforeValidator(moment, str)] = None
+    max_date: Annotated[datetime | None, BeforeValidator(last_moment, str)] = None
     sort: Sort | None = None
     before: Id | None = None
 
@@ -976,7 +980,7 @@ async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
     """Locks the user to change and the one who asks, in order of id, and looks whether the latter
     is still who they were: of two admins who remove each other at once, one comes too late."""
     both = select(User).where(col(User.id).in_((user_id, me.id))).order_by(col(User.id))
-    found = {user.id: user for user in await db.exec(both.with_for_update())}
+    found = {user.id: user for user in await db.exec(both.with_for_update(key_share=True))}
     if user_id not in found:
         raise Refusal("NOT_FOUND")
     for field in ("role", "is_active", "hashed_password"):
@@ -1050,9 +1054,10 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     gone = (await db.exec(theirs.returning(col(Post.id), col(Post.is_published)))).all()
     await db.delete(user)
     await db.commit()
-    for post in gone:
+    for number, post in enumerate(gone):
         announce("post.deleted", post, {"id": post.id})
-        await asyncio.sleep(0)  # listeners keep up
+        if number % 100 == 99:
+            await asyncio.sleep(0)  # listeners keep up
 
 
 @users.get("/me/posts")
@@ -1200,13 +1205,8 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            with fail_after(PATIENCE_SECONDS):
-                await send(message)
-
-        with suppress(TimeoutError):
-            async with events.seat():
-                await super().__call__(scope, receive, send_in_time)
+        async with events.seat():
+            await super().__call__(scope, receive, send)
 
 
 async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
@@ -1280,8 +1280,7 @@ class Visit:
         async for found in hub.follow(self.places[hub], self.post_id):
             for e in found:
                 frame = f'{{"type":"{e.kind}","id":"{e.id}","data":{e.data}}}'
-                with fail_after(PATIENCE_SECONDS):
-                    await self.socket.send_text(e.data if hub is chat else frame)
+                await self.socket.send_text(e.data if hub is chat else frame)
                 if e.kind == "post.deleted":
                     raise Refusal("NOT_FOUND")
             if not found and hub is events:
@@ -1308,10 +1307,10 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
         pass
     except* Refusal as refused:
         code = CLOSE_CODES[getattr(refused.exceptions[0], "code", "")]
-    except* DATABASE_ERRORS:  # or a client that does not read: TimeoutError is an OSError
+    except* DATABASE_ERRORS:
         code = 1013
     if code:
-        with suppress(WebSocketDisconnect, RuntimeError), move_on_after(1):
+        with suppress(WebSocketDisconnect, RuntimeError):
             await socket.close(code)
 
 
@@ -1354,10 +1353,44 @@ async def swagger_ui() -> Response:
 # What every request passes, in this order: plain ASGI, a small class each.
 
 MAX_BODY_BYTES = 1024 * 1024
+MAX_FRAMES = 200  # of a WebSocket, in ten seconds
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TAKEN_HEADERS = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"]
 EXPOSED_HEADERS = ["ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"]
 EXPOSED_HEADERS += ["X-Request-ID", "X-Process-Time", "X-Cache"]
+
+
+async def send_in_time(message: Message, send: Send, receive: Any) -> None:
+    """Who does not read for ten seconds is cut off. ASGI cannot say it: uvicorn's transport can."""
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await send(message)
+    except TimeoutError:
+        receive.__self__.transport.abort()
+
+
+class Frames(WebSocketsSansIOProtocol):
+    """uvicorn takes any number of frames at once: a flood of small ones would hold up everyone.
+    And it hangs up politely on who answers no ping, which waits for what they do not read."""
+
+    seen, since = 0, 0.0
+
+    def data_received(self, data: bytes) -> None:
+        if perf_counter() - self.since > PATIENCE_SECONDS:
+            self.seen, self.since = 0, perf_counter()
+        for start in range(0, len(data), 1_024):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + 1_024])
+
+    def handle_events(self) -> None:
+        self.seen += len(self.conn.events)
+        super().handle_events()
+        if self.seen > MAX_FRAMES and not self.transport.is_closing():
+            self.conn.fail(1008)
+            self.handle_parser_exception()  # says so and hangs up
+
+    def keepalive_timeout(self) -> None:
+        self.transport.abort()
 
 
 class FrontDoor:
@@ -1376,7 +1409,7 @@ class FrontDoor:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            return await self.app(scope, receive, partial(send_in_time, send=send, receive=receive))
         started = perf_counter()
         headers = Request(scope).headers
         asked = headers.get("x-request-id", "")
@@ -1389,7 +1422,8 @@ class FrontDoor:
                 ours = {b"x-request-id": request_id.encode(), b"x-process-time": seconds}
                 ours[b"x-content-type-options"] = b"nosniff"
                 message["headers"] = [*message["headers"], *ours.items()]
-            await send(message)
+            streams = message.get("more_body")
+            await (send_in_time(message, send, receive) if streams else send(message))
 
         app = self.cors if "origin" in headers else self.app
         await app(scope, receive, send_named)
@@ -1442,8 +1476,8 @@ class JsonLine(logging.Formatter):
 
 
 def without_query(record: logging.LogRecord) -> bool:
-    """Of a WebSocket uvicorn logs the query, where a token may stand."""
-    return "WebSocket" not in str(record.msg)
+    """Of a WebSocket uvicorn logs the query, where a token may stand; of bad UTF-8 a traceback."""
+    return not re.search("WebSocket|Invalid UTF-8", str(record.msg))
 
 
 def set_up_logging() -> None:
@@ -1552,6 +1586,6 @@ if __name__ == "__main__":
         "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
         proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
         log_config=None, access_log=False, timeout_graceful_shutdown=5,
-        ws_max_size=64 * 1024, ws_per_message_deflate=False,
+        ws=Frames, ws_max_size=64 * 1024, ws_per_message_deflate=False,
         ws_ping_interval=PATIENCE_SECONDS / 2, ws_ping_timeout=PATIENCE_SECONDS / 2,
     )  # fmt: skip
