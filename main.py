@@ -468,7 +468,7 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-def moment(text: str, of_date: time = time.min) -> datetime:
+def moment_of(text: str, of_date: time = time.min) -> datetime:
     """A time, or of a date its first moment or another; UTC where no zone is given."""
     with suppress(ValueError):
         return datetime.combine(date.fromisoformat(text), of_date, UTC)
@@ -479,13 +479,13 @@ def moment(text: str, of_date: time = time.min) -> datetime:
         raise ValueError("is before or after all time") from None
 
 
-last_moment = partial(moment, of_date=time.max)
+last_moment_of = partial(moment_of, of_date=time.max)
 
 
 class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
-    min_date: Annotated[datetime | None, BeforeValidator(moment, str)] = None
-    max_date: Annotated[datetime | None, BeforeValidator(last_moment, str)] = None
+    min_date: Annotated[datetime | None, BeforeValidator(moment_of, str)] = None
+    max_date: Annotated[datetime | None, BeforeValidator(last_moment_of, str)] = None
     sort: Sort | None = None
     before: Id | None = None
 
@@ -1353,7 +1353,7 @@ async def swagger_ui() -> Response:
 # What every request passes, in this order: plain ASGI, a small class each.
 
 MAX_BODY_BYTES = 1024 * 1024
-MAX_FRAMES = 200  # of a WebSocket, in ten seconds
+MAX_FRAMES = 200  # of a WebSocket, in one piece
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TAKEN_HEADERS = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"]
 EXPOSED_HEADERS = ["ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"]
@@ -1370,14 +1370,11 @@ async def send_in_time(message: Message, send: Send, receive: Any) -> None:
 
 
 class Frames(WebSocketsSansIOProtocol):
-    """uvicorn takes any number of frames at once: a flood of small ones would hold up everyone.
-    And it hangs up politely on who answers no ping, which waits for what they do not read."""
-
-    seen, since = 0, 0.0
+    """uvicorn reads any number of frames at once, so a flood of small ones would hold up everyone;
+    and to who answers no ping it says goodbye, which waits for what they do not read."""
 
     def data_received(self, data: bytes) -> None:
-        if perf_counter() - self.since > PATIENCE_SECONDS:
-            self.seen, self.since = 0, perf_counter()
+        self.seen = 0
         for start in range(0, len(data), 1_024):
             if not self.transport.is_closing():
                 super().data_received(data[start : start + 1_024])
@@ -1387,7 +1384,7 @@ class Frames(WebSocketsSansIOProtocol):
         super().handle_events()
         if self.seen > MAX_FRAMES and not self.transport.is_closing():
             self.conn.fail(1008)
-            self.handle_parser_exception()  # says so and hangs up
+            self.handle_parser_exception()  # sends that, and hangs up
 
     def keepalive_timeout(self) -> None:
         self.transport.abort()
