@@ -1938,6 +1938,28 @@ def test_two_admins_who_remove_each_other_leave_one(
         assert service.sql(left) == [(1,)]
 
 
+def test_a_user_is_deleted_while_they_and_others_write(service: Service) -> None:
+    other, admin = sign_up(service), sign_in_admin(service)
+    elsewhere = publish(other)["id"]
+    for _ in range(5):
+        person = sign_up(service)
+        post, draft = publish(person)["id"], write(person)["id"]
+        calls = [
+            partial(admin.api.delete, f"/users/{person.id}"),
+            partial(person.api.post, f"/posts/{post}/comments", json={"text": "x"}),
+            partial(other.api.post, f"/posts/{post}/comments", json={"text": "x"}),
+            partial(person.api.post, f"/posts/{elsewhere}/comments", json={"text": "x"}),
+            partial(person.api.post, f"/posts/{draft}/publish"),
+            partial(person.api.post, "/posts", json={"title": "x", "content": "x"}),
+        ]
+        codes = [answer.status_code for answer in at_once(6, lambda n, calls=calls: calls[n]())]  # type: ignore[misc]
+        assert codes[0] == 204
+        assert set(codes[1:]) <= {200, 201, 401, 404, 409}
+        for table in ("post", "comment", "session"):
+            column = "user_id" if table == "session" else "author_id"
+            assert service.sql(f"SELECT id FROM {table} WHERE {column} = {person.id}") == []
+
+
 def test_deleting_a_user_leaves_nothing_behind(service: Service) -> None:
     person, other = sign_up(service), sign_up(service)
     sign_in(service, person.email)
