@@ -2616,6 +2616,27 @@ def test_1500_events_reach_everyone_in_order_past_a_stream_that_never_reads(
         assert too_late.wait(1) == [("reset", {})]
 
 
+def test_a_listener_who_falls_out_of_the_log_is_dropped_and_hears_nothing_with_a_gap() -> None:
+    assert settings_class()
+    import main
+
+    async def listen() -> tuple[list[list[str]], list[list[str]]]:
+        hub = main.Hub()
+        fast, slow = hub.follow(0), hub.follow(0)
+        heard: tuple[list[list[str]], list[list[str]]] = ([], [])
+        for number in range(1_002):
+            hub.add("post.deleted", number, {})
+            heard[0].append([event.data for event in await anext(fast)])
+            if number == 0:
+                heard[1].append([event.data for event in await anext(slow)])
+        heard[1].extend([[event.data for event in found] async for found in slow])
+        return heard
+
+    fast, slow = asyncio.run(listen())
+    assert fast == [["{}"]] * 1_002
+    assert slow == [["{}"]]
+
+
 def test_a_bad_token_on_the_stream_is_401(service: Service) -> None:
     bad = service.as_("bad").get("/events")
     assert (bad.status_code, bad.json()["error_code"]) == (401, "INVALID_TOKEN")
