@@ -1052,12 +1052,14 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     user = await hold_user(db, user_id, me)
     theirs = delete(Post).where(col(Post.author_id) == user_id)
     gone = (await db.exec(theirs.returning(col(Post.id), col(Post.is_published)))).all()
+    await db.refresh(user, with_for_update=True)  # from here on they write no more
+    gone = [*gone, *(await db.exec(theirs.returning(col(Post.id), col(Post.is_published)))).all()]
     await db.delete(user)
     await db.commit()
     for number, post in enumerate(gone):
         announce("post.deleted", post, {"id": post.id})
         if number % 100 == 99:
-            await asyncio.sleep(0)  # listeners keep up
+            await asyncio.sleep(0)  # so that listeners read before these fall out of the log
 
 
 @users.get("/me/posts")
@@ -1206,7 +1208,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with events.seat():
-            await super().__call__(scope, receive, send)
+            with suppress(Refusal):  # of a body, which nobody asked for
+                await super().__call__(scope, receive, send)
 
 
 async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
@@ -1389,6 +1392,11 @@ class Frames(WebSocketsSansIOProtocol):
     def keepalive_timeout(self) -> None:
         self.transport.abort()
 
+    def send_keepalive_ping(self) -> None:
+        if self.transport.is_closing():
+            self.transport.abort()
+        super().send_keepalive_ping()
+
 
 class FrontDoor:
     """Names and times every answer. CORS, which is slow, is for those alone who send an Origin."""
@@ -1419,7 +1427,7 @@ class FrontDoor:
                 ours = {b"x-request-id": request_id.encode(), b"x-process-time": seconds}
                 ours[b"x-content-type-options"] = b"nosniff"
                 message["headers"] = [*message["headers"], *ours.items()]
-            streams = message.get("more_body")
+            streams = "more_body" in message
             await (send_in_time(message, send, receive) if streams else send(message))
 
         app = self.cors if "origin" in headers else self.app
