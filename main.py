@@ -3,10 +3,13 @@
 Read it from top to bottom: nothing is used above the line that defines it.
 
     Settings      what the environment may say, read once
+    Log           a line for each request
     Errors        one shape for every refusal
     Tables        what is stored, what comes in, what goes out
     Database      many readers, one writer
     Security      passwords, the signing key, tokens
+    Rate limiter  so many requests in a window of time
+    Cache         what was read is remembered until the next write
     Live events   a log that listeners follow
     Mail          sent in the background
     Dependencies  who is asking, and may they?
@@ -31,15 +34,18 @@ import string
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from importlib.util import find_spec
+from ipaddress import IPv6Address, ip_address
+from math import ceil
+from multiprocessing import parent_process
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
@@ -60,10 +66,14 @@ from pydantic.functional_validators import BeforeValidator, field_validator, mod
 from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import Column, Connection, Integer, delete, event, exc, func, make_url, or_, update
+from sqlalchemy import Column, Connection, Integer, bindparam, delete, event, exc, make_url, update
+from sqlalchemy.dialects.sqlite import aiosqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm.attributes import set_committed_value
-from sqlmodel import AutoString, Field, Relationship, SQLModel, col, select
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.util import await_
+from sqlalchemy.util.queue import AsyncAdaptedQueue, Empty
+from sqlmodel import AutoString, Field, Relationship, SQLModel, col, func, not_, or_, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -73,7 +83,6 @@ from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 API = "/api/v1"
-log = logging.getLogger("nutshell")
 
 
 def now() -> datetime:
@@ -110,6 +119,7 @@ PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
 Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
+Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
 SmtpUrl = Annotated[str, StringConstraints(pattern=rf"^smtps?://([^@/\s]*@)?{MailHost}/?$")]
 
 
@@ -132,6 +142,9 @@ class Settings(BaseSettings):
     first_superuser_password: Password | None = None
     registration: Literal["open", "closed"] = "open"
     cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
+    rate_limit: Rate = "600/minute"
+    auth_rate_limit: Rate = "30/minute"
+    cache_seconds: int = Field(default=60, ge=0, le=86_400)
     smtp_url: SmtpUrl | None = None
     mail_from: Email | None = None
     admin_email: Email | None = None
@@ -200,6 +213,100 @@ def read_settings() -> Settings:
 settings = read_settings()
 
 
+# --- Log ------------------------------------------------------------------------------------------
+# A line for each request and each thing that happened, for people or, in production, for programs.
+# While we serve a thread writes them, many at once: a terminal that stands still stops nobody.
+
+
+log = logging.getLogger("nutshell")
+
+
+def line_of(level: str, fields: dict[str, Any], text: str) -> str:
+    moment = now().isoformat(" ", "milliseconds")
+    if settings.production:
+        return json.dumps({"time": moment, "level": level} | fields)
+    return f"{moment[:23]} {level:8} {text}"
+
+
+class LogWriter(logging.Handler):
+    """When nobody reads the log and 10,000 lines wait, the oldest are lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: deque[str] = deque(maxlen=10_000)
+        self.some = threading.Event()
+        self.thread: threading.Thread | None = None  # before and after it, lines go out at once
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)  # with its traceback
+        self.add(line_of(record.levelname, {"message": text}, text))
+
+    def add(self, line: str) -> None:
+        self.lines.append(f"{line}\n")
+        self.some.set() if self.thread else self.flush()
+
+    def flush(self) -> None:
+        lines = []
+        with suppress(IndexError):
+            while True:
+                lines.append(self.lines.popleft())
+        with suppress(OSError):  # a full disk
+            sys.stderr.write("".join(lines))
+
+    def run(self) -> None:
+        while self.thread:
+            self.some.wait()
+            self.some.clear()
+            self.flush()
+            sleep(0.05)  # more may come
+
+    @contextmanager
+    def in_thread(self) -> Iterator[None]:
+        self.thread = thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()
+        yield
+        self.thread = None
+        self.some.set()
+        thread.join(1)
+
+
+log_writer = LogWriter()
+
+
+def log_request(scope: Scope, status: int, seconds: float) -> None:
+    """Not through `logging`, which takes as long as the rest of a request that is remembered."""
+    line = {
+        "request_id": scope["state"]["request_id"],
+        "method": scope.get("method", "WEBSOCKET"),
+        "path": quote(scope["path"]),  # so that no line can look like two
+        "status": status,
+        "ms": round(seconds * 1000, 1),
+        "client": quote(scope["client"][0], safe=":") if scope["client"] else "",
+        "user_id": scope["state"].get("user_id"),
+    }
+    who = "user %(user_id)s" if line["user_id"] else "anonymous"
+    text = f"%(method)s %(path)s %(status)s %(ms)s ms %(client)s {who} %(request_id)s"
+    log_writer.add(line_of("INFO", line, text % line))
+
+
+def without_query(record: logging.LogRecord) -> bool:
+    """Of a WebSocket uvicorn logs the query, where a token may stand; of bad UTF-8 a traceback."""
+    return not re.search("WebSocket|Invalid UTF-8", str(record.msg))
+
+
+def set_up_logging() -> None:
+    """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
+    level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
+    logging.basicConfig(level=level, handlers=[log_writer], format="%(message)s", force=True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = name != "uvicorn.access"
+    logging.getLogger("uvicorn.error").addFilter(without_query)  # once, however often this runs
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs pieces of bodies
+    if settings.log_level == "debug":
+        logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 # Every refusal has one shape: what is wrong, a code for programs, the id of the request. Routes
 # raise `Refusal`; the handlers bring what the libraries raise into the same shape.
@@ -215,6 +322,7 @@ REFUSALS = {
     "CONFLICT": (409, "What this is about has changed in the meantime"),
     "BODY_TOO_LARGE": (413, "The body is larger than 1 MiB"),
     "VALIDATION_ERROR": (422, "Some fields are wrong"),
+    "RATE_LIMITED": (429, "Too many requests, try again later"),
     "INTERNAL_ERROR": (500, "The service made a mistake; its log has the details"),
     "UNAVAILABLE": (503, "The service is busy, try again"),
 }
@@ -226,9 +334,9 @@ REFUSAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"
 class Refusal(HTTPException):
     """`raise Refusal("NOT_FOUND")`: the table above knows the rest."""
 
-    def __init__(self, code: str, detail: Any = None) -> None:
+    def __init__(self, code: str, detail: Any = None, headers: Any = None) -> None:
         status, usual = REFUSALS[code]
-        super().__init__(status, detail or usual, REFUSAL_HEADERS.get(status))
+        super().__init__(status, detail or usual, headers or REFUSAL_HEADERS.get(status))
         self.code = code
 
 
@@ -526,6 +634,55 @@ def on_begin(connection: Connection) -> None:
     sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
 
 
+class OneTrip(aiosqlite.AsyncAdapt_aiosqlite_cursor):
+    """Runs a statement in one trip to the thread of its connection, where SQLAlchemy makes four."""
+
+    __slots__ = ()
+    _awaitable_cursor_close = False
+
+    def _make_new_cursor(self, connection: Any) -> Any:
+        return None
+
+    def _aenter_cursor(self, cursor: Any) -> Any:
+        return None
+
+    def run(self, method: str, *statement: Any) -> None:
+        cursor = self._connection._conn.cursor()
+        getattr(cursor, method)(*statement)
+        self._cursor, self._rows = cursor, deque(cursor.fetchall())
+
+    async def _execute_async(self, statement: Any, values: Any) -> None:
+        await self._connection._execute(self.run, "execute", statement, values or ())
+
+    async def _executemany_async(self, statement: Any, values: Any) -> None:
+        await self._connection._execute(self.run, "executemany", statement, values)
+
+
+class FirstComeFirstServed(AsyncAdaptedQueue[Any]):
+    """The free connections. SQLAlchemy's own queue lets who comes later pass those who wait."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.free = asyncio.Semaphore(0)
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        self.free.release()
+
+    async def turn(self, seconds: float | None) -> None:
+        async with asyncio.timeout(seconds):
+            await self.free.acquire()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        with suppress(TimeoutError):
+            if block or not self.free.locked():
+                await_(self.turn(timeout))
+                return self.get_nowait()
+        raise Empty
+
+
+aiosqlite.AsyncAdapt_aiosqlite_connection._cursor_cls = OneTrip
+AsyncAdaptedQueuePool._queue_class = FirstComeFirstServed
 options: dict[str, Any] = {"max_overflow": 0, "pool_timeout": 5, "hide_parameters": True}
 if settings.sqlite_file is None:
     options |= {"connect_args": {"timeout": 5, "command_timeout": 5}, "pool_pre_ping": True}
@@ -540,8 +697,12 @@ else:
         event.listen(engine.sync_engine, "connect", on_connect)
 
 
+def reading() -> AsyncSession:
+    return AsyncSession(readers, expire_on_commit=False)
+
+
 async def read_db() -> AsyncIterator[AsyncSession]:
-    async with AsyncSession(readers, expire_on_commit=False) as db:
+    async with reading() as db:
         yield db
 
 
@@ -644,6 +805,181 @@ def read_token(token: str, kind: str) -> Claims:
         if claims.type == kind:
             return claims
     raise Refusal("INVALID_TOKEN")
+
+
+# --- Rate limiter ---------------------------------------------------------------------------------
+# Each client has so many requests in a window of time, which opens at the first of them. So at the
+# edge of two windows twice as many may pass: that is the price of a count that needs no history.
+
+SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
+MAX_WINDOWS = 20_000
+UNLIMITED = ("/health", f"{API}/auth/verify", "/docs", "/redoc", "/openapi.json")
+STRICT = (f"{API}/auth/register", f"{API}/auth/login")
+
+
+class Limiter:
+    """What is older than a window is dropped as a whole, and what there is too much of as well."""
+
+    def __init__(self, name: str, rate: str, times: int = 1) -> None:
+        number, _, unit = rate.partition("/")
+        self.quota, self.seconds = (int(number) * times, SECONDS[unit]) if unit else (0, 0)
+        self.name, self.policy = name, f'"{name}";q={self.quota};w={self.seconds}'
+        self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
+        self.old = self.new
+        self.turn = 0.0
+
+    def hit(self, key: str, moment: float) -> tuple[int, int]:
+        """Counts one more. How many are left, and the seconds until the window ends."""
+        if moment >= self.turn or len(self.new) >= MAX_WINDOWS:
+            self.old, self.new, self.turn = self.new, {}, moment + self.seconds
+        count, end = self.new.get(key) or self.old.get(key) or (0, moment)
+        if moment >= end:
+            count, end = 0, moment + self.seconds
+        self.new[key] = count + 1, end
+        return self.quota - count - 1, ceil(end - moment)
+
+
+limits = Limiter("default", settings.rate_limit)
+auth_limits = Limiter("auth", settings.auth_rate_limit)
+email_limits = Limiter("auth", settings.auth_rate_limit, times=10)
+
+
+@lru_cache(1_000)
+def client_key(address: str) -> str:
+    """IPv6 by the /64 that one customer has, IPv4 as such however it comes, all else as one."""
+    with suppress(ValueError):
+        ip = ip_address(address)
+        if isinstance(ip, IPv6Address) and ip.ipv4_mapped is None:
+            return ip.packed[:8].hex()
+        return str(getattr(ip, "ipv4_mapped", None) or ip)
+    return "unknown"
+
+
+def limit(limiter: Limiter, key: str, scope: Scope) -> None:
+    """Counts a request and tells the client where it stands, or refuses it."""
+    if limiter.quota == 0:
+        return
+    left, wait = limiter.hit(key, perf_counter())
+    told = scope["state"]["told"]
+    if left < 0 or b"ratelimit" not in told:
+        told[b"ratelimit-policy"] = limiter.policy.encode()
+        told[b"ratelimit"] = b'"%b";r=%d;t=%d' % (limiter.name.encode(), max(left, 0), wait)
+    if left < 0:
+        raise Refusal("RATE_LIMITED", headers={"Retry-After": str(wait)})
+
+
+def limit_client(scope: Scope) -> None:
+    path, client = scope["path"], scope["client"] or [""]
+    if not path.startswith(UNLIMITED):
+        limiter = auth_limits if path.startswith(STRICT) else limits
+        limit(limiter, client_key(client[0]), scope)
+
+
+# --- Cache ----------------------------------------------------------------------------------------
+# What was read is remembered until somebody writes to the tables it came from. The database layer
+# tells of every write, so no route can forget to; where others may write unseen, nothing is kept.
+
+MAX_KEPT = 2_000
+MAX_KEPT_BYTES = 16 * 1024 * 1024
+WRITE = re.compile(r'(?:INSERT INTO|UPDATE|DELETE FROM) "?(\w+)')
+alone = bool(settings.sqlite_file) and settings.workers == 1 and parent_process() is None
+remembers = alone and settings.cache_seconds > 0
+
+
+class Memory:
+    """It is emptied whole: by a write, when it is full, when it is old. Who wants to keep what they
+    read takes the ticket before they read, and each time that it is emptied the ticket changes."""
+
+    def __init__(self, *tables: str) -> None:
+        self.tables, self.ticket, self.writing = tables, 0, False
+        self.forget()
+        if remembers:
+            event.listen(writer.sync_engine, "before_cursor_execute", self.on_statement)
+            event.listen(writer.sync_engine, "checkin", self.on_checkin)
+
+    def forget(self) -> None:
+        self.kept: dict[Any, Any] = {}
+        self.bytes = 0
+        self.until = perf_counter() + settings.cache_seconds
+        self.ticket += 1
+
+    def get(self, key: Any) -> Any:
+        if self.kept and perf_counter() > self.until:
+            self.forget()
+        return self.kept.get(key)
+
+    def keep(self, key: Any, value: Any, size: int, ticket: int) -> None:
+        if not remembers or self.writing or ticket != self.ticket or size > MAX_KEPT_BYTES:
+            return
+        if len(self.kept) >= MAX_KEPT or self.bytes + size > MAX_KEPT_BYTES:
+            self.forget()
+        self.kept[key] = value
+        self.bytes += size
+
+    def on_statement(
+        self, connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: Any
+    ) -> None:
+        """From the first write until its transaction ends nothing is known for sure."""
+        written = WRITE.match(statement)
+        if not statement.startswith("SELECT") and (not written or written[1] in self.tables):
+            self.writing = True
+            self.forget()
+
+    def on_checkin(self, connection: Any, record: Any) -> None:
+        if self.writing:
+            self.writing = False
+            self.forget()
+
+
+answers = Memory("user", "post", "comment")
+identities = Memory("user", "session")
+
+
+class Answers:
+    """Stands before FastAPI: what anybody may read is answered from memory, ready as it is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") != "GET" or not scope["path"].startswith(f"{API}/posts"):
+            return await self.app(scope, receive, send)
+        asked, told = scope["state"]["asked"], scope["state"]["told"]
+        told[b"vary"] = b"Authorization" if b"origin" in asked else b"Origin, Authorization"
+        if b"authorization" in asked:
+            told[b"cache-control"] = b"private, no-cache"
+            return await self.app(scope, receive, send)
+        key = scope["path"], scope["query_string"]
+        answer, found = answers.get(key), b"hit"
+        if answer is None:
+            answer, found = await self.ask(key, scope, receive), b"miss"
+        status, headers, shared, body = answer
+        if shared:
+            if remembers:
+                told[b"x-cache"] = found
+            etags = asked.get(b"if-none-match", b"")
+            if shared[0][1] in etags or etags.strip() == b"*":
+                status, headers, body = 304, [], b""
+        await send(
+            {"type": "http.response.start", "status": status, "headers": [*headers, *shared]}
+        )
+        await send({"type": "http.response.body", "body": body})
+
+    async def ask(self, key: tuple[str, bytes], scope: Scope, receive: Receive) -> Any:
+        ticket, parts = answers.ticket, []
+
+        async def collect(part: Message) -> None:
+            parts.append(part)
+
+        await self.app(scope, receive, collect)
+        body = b"".join(part.get("body", b"") for part in parts)
+        if parts[0]["status"] != 200:
+            return parts[0]["status"], parts[0]["headers"], [], body
+        etag = b'"%b"' % hashlib.blake2b(body, digest_size=16).hexdigest().encode()
+        shared = [(b"etag", etag), (b"cache-control", b"public, max-age=0, must-revalidate")]
+        answer = 200, parts[0]["headers"], shared, body
+        answers.keep(key, answer, len(body) + len(key[0]) + len(key[1]) + 1_000, ticket)
+        return answer
 
 
 # --- Live events ----------------------------------------------------------------------------------
@@ -789,9 +1125,22 @@ async def live_session(db: AsyncSession, claims: Claims) -> LoginSession:
     return session
 
 
-async def current_session(token: SentToken, db: ReadDB) -> LoginSession:
-    session = await live_session(db, read_token(token or "", "access"))
-    await db.close()  # gives the connection back: hashing a password may follow
+async def session_of(token: str) -> LoginSession:
+    """The live session that an access token names."""
+    ticket, known = identities.ticket, identities.get(token)
+    if known and now().timestamp() < known[0]:
+        session: LoginSession = known[1]
+        return session
+    claims = read_token(token, "access")
+    async with reading() as db:
+        session = await live_session(db, claims)
+    identities.keep(token, (claims.exp, session), len(token) + 5_000, ticket)
+    return session
+
+
+async def current_session(request: Request, token: SentToken) -> LoginSession:
+    session = await session_of(token or "")
+    request.state.user_id = session.user_id
     return session
 
 
@@ -805,11 +1154,11 @@ async def current_user(session: CurrentSession) -> User:
 CurrentUser = Annotated[User, Depends(current_user)]
 
 
-async def maybe_user(request: Request, token: SentToken, db: ReadDB) -> User | None:
+async def maybe_user(request: Request, token: SentToken) -> User | None:
     """Nobody has to sign in here, but a token that is sent must be good."""
     if "authorization" not in request.headers:
         return None
-    return (await current_session(token, db)).user
+    return (await current_session(request, token)).user
 
 
 MaybeUser = Annotated[User | None, Depends(maybe_user)]
@@ -856,11 +1205,15 @@ def may_change(me: User | None, theirs: Post | Comment) -> bool:
     return me is not None and (me.is_superuser or me.id == theirs.author_id)
 
 
+ONE_POST = select(Post).where(Post.id == bindparam("post_id"))
+HELD_POST = ONE_POST.with_for_update(of=Post)
+
+
 async def find_post(db: AsyncSession, post_id: int, me: User | None, hold: bool = False) -> Post:
     """To all but its author and superusers a draft does not exist. Who holds a post is the only
     one to write to it, or below it, until the commit."""
-    rows = select(Post).where(Post.id == post_id)
-    post = (await db.exec(rows.with_for_update(of=Post) if hold else rows)).first()
+    rows = HELD_POST if hold else ONE_POST
+    post = (await db.exec(rows, params={"post_id": post_id})).first()
     if post is None or not (post.is_published or may_change(me, post)):
         raise Refusal("NOT_FOUND")
     return post
@@ -913,16 +1266,17 @@ async def register(body: UserCreate, db: WriteDB) -> User:
 
 
 @auth.post("/login")
-async def login(form: LoginForm, reader: ReadDB, db: WriteDB, response: Response) -> Tokens:
+async def login(request: Request, form: LoginForm, db: WriteDB, response: Response) -> Tokens:
     """Sign in: send the email as `username`."""
     email = ""
     with suppress(ValueError):
         email = plain_email(form.username)
-    known = (await reader.exec(select(User).where(User.email == email))).first()
-    await reader.close()
+    limit(email_limits, hashlib.sha256(email.encode()).hexdigest(), request.scope)
+    async with reading() as reader:  # and gives the connection back: hashing takes a while
+        known = (await reader.exec(select(User).where(User.email == email))).first()
     if not await password_fits(form.password, known) or known is None or not known.is_active:
         raise Refusal("INVALID_CREDENTIALS")
-    user = await db.get(User, known.id, with_for_update=True)  # hashing took a while: look again
+    user = await db.get(User, known.id, with_for_update=True)  # look again
     if user is None or not user.is_active or user.hashed_password != known.hashed_password:
         raise Refusal("INVALID_CREDENTIALS")
     mine, expired = col(LoginSession.user_id) == user.id, col(LoginSession.expires_at) < now()
@@ -989,9 +1343,13 @@ async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
     return found[user_id]
 
 
-async def page_of(db: ReadDB, rows: Any, asked: PageQuery, kind: type[Page[Item]]) -> Page[Item]:
+async def page_of(
+    db: ReadDB, rows: Any, asked: PageQuery, kind: type[Page[Item]], count: Any = None
+) -> Page[Item]:
     """One page of all rows, each row as the kind of page shows it."""
-    total = (await db.exec(select(func.count()).select_from(rows.order_by(None).subquery()))).one()
+    if count is None:
+        count = rows.with_only_columns(func.count(), maintain_column_froms=True).order_by(None)
+    total = (await db.exec(count)).one()
     items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
     found = {"items": items, "total": total, "pages": -(-total // asked.size)}
     return kind.model_validate(found | {"page": asked.page, "size": asked.size})
@@ -1010,6 +1368,12 @@ async def list_users(asked: AskedUsers, me: CurrentUser, db: ReadDB) -> Page[Any
 async def create_user(body: UserCreateByAdmin, db: WriteDB, send_welcome: bool = False) -> User:
     """Make an account for somebody."""
     return await add_user(db, body, send_welcome)
+
+
+@users.get("/me", response_model=UserRead)
+async def get_me(me: CurrentUser) -> User:
+    """You yourself."""
+    return me
 
 
 @users.get("/{user}", response_model=UserRead | UserPublic)
@@ -1081,6 +1445,11 @@ def tell_of_publication(post: Post) -> None:
         send_mail(settings.admin_email, "A post was published", what)
 
 
+ALL_POSTS = select(func.count()).select_from(Post).scalar_subquery()
+DRAFTS = select(func.count()).where(not_(col(Post.is_published))).scalar_subquery()
+PUBLISHED = select(ALL_POSTS - DRAFTS)  # of a million 20 times faster than to count them
+
+
 @posts.get("", openapi_extra=ForAnyone)
 async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostRead]:
     """Published posts, newest first. `before` reads on from a post, fast however many there are."""
@@ -1097,7 +1466,8 @@ async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostR
     order = getattr(Post, sort.removeprefix("-"))
     rows = rows.order_by(order.desc() if sort.startswith("-") else order, col(Post.id).desc())
     if asked.before is None:
-        return await page_of(db, rows, asked, Page[PostRead])
+        plain = not (asked.author or asked.min_date or asked.max_date)
+        return await page_of(db, rows, asked, Page[PostRead], PUBLISHED if plain else None)
     items = (await db.exec(rows.where(Post.id < asked.before).limit(asked.size))).all()
     return Page[PostRead].model_validate({"items": items, "size": asked.size})
 
@@ -1198,7 +1568,8 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
 # are signed in: they hear of the post, and each other.
 
 live = APIRouter(tags=["live"])
-CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "UNAVAILABLE": 1013}
+CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008}
+CLOSE_CODES |= {"RATE_LIMITED": 1013, "UNAVAILABLE": 1013}
 Resumed = Annotated[str, Header(alias="Last-Event-ID")]
 AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
 
@@ -1257,11 +1628,10 @@ class Visit:
 
     async def check(self) -> User:
         """May they be here, now?"""
-        claims = read_token(self.token, "access")
-        async with AsyncSession(readers, expire_on_commit=False) as db:
-            session = await live_session(db, claims)
-            await find_post(db, self.post_id, session.user)
-            return session.user
+        me = (await session_of(self.token)).user
+        async with reading() as db:
+            await find_post(db, self.post_id, me)
+        return me
 
     async def enter(self) -> None:
         self.token = (await self.read(Hello, PATIENCE_SECONDS)).token
@@ -1301,6 +1671,7 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
     await socket.accept()
     guest, code = Visit(socket, post_id), 0
     try:
+        limit_client(socket.scope)
         async with events.seat():
             await guest.enter()
             async with asyncio.TaskGroup() as works:
@@ -1399,7 +1770,7 @@ class Frames(WebSocketsSansIOProtocol):
 
 
 class FrontDoor:
-    """Names and times every answer. CORS, which is slow, is for those alone who send an Origin."""
+    """Names, times and logs every answer. CORS, which is slow, is only for who sends an Origin."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1413,29 +1784,34 @@ class FrontDoor:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, partial(send_in_time, send=send, receive=receive))
-        started = perf_counter()
-        headers = Request(scope).headers
-        asked = headers.get("x-request-id", "")
-        request_id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
-        scope.setdefault("state", {})["request_id"] = request_id
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        started, asked = perf_counter(), dict(scope["headers"])
+        name = asked.get(b"x-request-id", b"").decode("latin-1")
+        request_id = name if REQUEST_ID.fullmatch(name) else secrets.token_hex(8)
+        told = {b"x-content-type-options": b"nosniff", b"x-request-id": request_id.encode()}
+        state = {"request_id": request_id, "asked": asked, "told": told}
+        scope.setdefault("state", {}).update(state)
+        status = 403  # of a socket that is not accepted
 
         async def send_named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                seconds = b"%.4f" % (perf_counter() - started)
-                ours = {b"x-request-id": request_id.encode(), b"x-process-time": seconds}
-                ours[b"x-content-type-options"] = b"nosniff"
-                message["headers"] = [*message["headers"], *ours.items()]
-            streams = "more_body" in message
-            await (send_in_time(message, send, receive) if streams else send(message))
+                status = message["status"]
+                told[b"x-process-time"] = b"%.4f" % (perf_counter() - started)
+                message["headers"] = [*message["headers"], *told.items()]
+            elif message["type"] == "websocket.accept":
+                status = 101
+            waits = "more_body" in message or scope["type"] == "websocket"
+            await (send_in_time(message, send, receive) if waits else send(message))
 
-        app = self.cors if "origin" in headers else self.app
-        await app(scope, receive, send_named)
+        await (self.cors if b"origin" in asked else self.app)(scope, receive, send_named)
+        if log.isEnabledFor(logging.INFO):
+            log_request(scope, status, perf_counter() - started)
 
 
 class Guard:
-    """Refuses bodies over 1 MiB, announced or not, and answers 500 for what nobody caught."""
+    """Refuses who asks too often, bodies over 1 MiB, announced or not, and what nobody caught."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1454,7 +1830,8 @@ class Guard:
             return message
 
         try:
-            if int(Request(scope).headers.get("content-length", 0)) > MAX_BODY_BYTES:
+            limit_client(scope)
+            if int(scope["state"]["asked"].get(b"content-length", 0)) > MAX_BODY_BYTES:
                 raise Refusal("BODY_TOO_LARGE")
             await self.app(scope, receive_some, send)
         except (Exception, asyncio.CancelledError) as error:
@@ -1469,35 +1846,6 @@ class Guard:
 
 # --- Assembly -------------------------------------------------------------------------------------
 # The parts put together.
-
-
-class JsonLine(logging.Formatter):
-    """In production a line of the log is an object, for programs to read."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": now().isoformat(), "level": record.levelname}
-        line["message"] = super().format(record)  # with its traceback
-        return json.dumps(line)
-
-
-def without_query(record: logging.LogRecord) -> bool:
-    """Of a WebSocket uvicorn logs the query, where a token may stand; of bad UTF-8 a traceback."""
-    return not re.search("WebSocket|Invalid UTF-8", str(record.msg))
-
-
-def set_up_logging() -> None:
-    """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
-    level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    if settings.production:
-        logging.root.handlers[0].setFormatter(JsonLine())
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = name != "uvicorn.access"
-    logging.getLogger("uvicorn.error").addFilter(without_query)  # once, however often this runs
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs pieces of bodies
-    if settings.log_level == "debug":
-        logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
 
 
 def make_tables(connection: Connection) -> None:
@@ -1546,7 +1894,8 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
-    yield
+    with log_writer.in_thread():
+        yield
     await to_thread.run_sync(last_mails, 1.0)
     await readers.dispose()
     await writer.dispose()
@@ -1563,7 +1912,8 @@ app = FastAPI(
     docs_url=None, redoc_url=None if settings.production else "/redoc",
     openapi_url=None if settings.production else "/openapi.json", redirect_slashes=False,
     responses={code: {"model": Problem, "description": "Refused"} for code in ("4XX", "5XX")},
-    middleware=[Middleware(FrontDoor), Middleware(Guard)],
+    telemetry={"tracing": False, "metrics": False, "logs": False},  # asking for them costs a lot
+    middleware=[Middleware(FrontDoor), Middleware(Guard), Middleware(Answers)],
     exception_handlers={
         HTTPException: on_refusal, RequestValidationError: on_invalid_input,
         **dict.fromkeys(DATABASE_ERRORS, on_database_error),

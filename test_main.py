@@ -67,6 +67,7 @@ CODES = {
     409: {"EMAIL_TAKEN", "CONFLICT"},
     413: {"BODY_TOO_LARGE"},
     422: {"VALIDATION_ERROR"},
+    429: {"RATE_LIMITED"},
     500: {"INTERNAL_ERROR"},
     503: {"UNAVAILABLE"},
 }
@@ -98,7 +99,7 @@ def check_answer(response: httpx.Response) -> None:
         assert problem["error_code"] in CODES[response.status_code]
         assert problem["request_id"] == response.headers["x-request-id"]
         assert ("www-authenticate" in response.headers) == (response.status_code == 401)
-        assert ("retry-after" in response.headers) == (response.status_code == 503)
+        assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
     if response.status_code == 422:
         assert all(field.keys() == {"loc", "msg", "type"} for field in json.loads(body)["detail"])
     with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -136,6 +137,8 @@ class Service:
             "PORT": str(self.port),
             "SECRET_KEY": KEY,
             "BCRYPT_ROUNDS": "4",
+            "RATE_LIMIT": "off",
+            "AUTH_RATE_LIMIT": "off",
             "DATABASE_URL": f"sqlite+aiosqlite:///{folder}/app.db",
             "FIRST_SUPERUSER_EMAIL": ADMIN["username"],
             "FIRST_SUPERUSER_PASSWORD": ADMIN["password"],
@@ -170,6 +173,12 @@ class Service:
         self.client.close()
         self.process.send_signal(how)
         return self.process.wait(15)
+
+    def log_so_far(self) -> str:
+        """The whole log: a thread writes it, so we wait for the line of a request of our own."""
+        answer = self.client.get(self.address)
+        eventually(lambda: answer.headers["x-request-id"] in self.log.read_text())
+        return self.log.read_text()
 
     def as_(self, token: str) -> "Caller":
         return Caller(self, {"Authorization": f"Bearer {token}"})
@@ -717,8 +726,9 @@ def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> 
     register(service)
     eventually(lambda: "mail not sent" in service.log.read_text())
     lines = [json.loads(line) for line in service.log.read_text().splitlines()]
-    assert {"time", "level", "message"} <= lines[0].keys()
-    assert lines[-1]["message"] == "mail not sent: SMTP_URL is not set"
+    said = [line["message"] for line in lines if line.keys() == {"time", "level", "message"}]
+    assert "Application startup complete." in said
+    assert "mail not sent: SMTP_URL is not set" in said
 
 
 def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[..., Service]) -> None:
@@ -837,7 +847,7 @@ def test_a_preflight_names_what_may_be_sent(service: Service) -> None:
 def test_a_mistake_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
     start: Callable[..., Service],
 ) -> None:
-    service = start()
+    service = start(CACHE_SECONDS="0")
     person = sign_up(service)
     service.sql("UPDATE user SET created_at = 'not a time'")
     for _ in range(2):
@@ -845,7 +855,7 @@ def test_a_mistake_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
         assert (mistake.status_code, mistake.json()["error_code"]) == (500, "INTERNAL_ERROR")
         assert mistake.headers["access-control-allow-origin"] == "http://localhost:3000"
         assert "connection" not in mistake.headers
-    assert "Traceback" in service.log.read_text()
+    eventually(lambda: "Traceback" in service.log.read_text())
 
 
 def test_405_names_the_methods_of_the_path(service: Service) -> None:
@@ -1612,7 +1622,8 @@ def test_old_tokens_are_refused_on_the_very_next_request(service: Service) -> No
     assert log_in(service, deactivated.email).status_code == 200
 
 
-def test_who_is_deactivated_behind_the_service_is_refused(service: Service) -> None:
+def test_who_is_deactivated_behind_the_service_is_refused(start: Callable[..., Service]) -> None:
+    service = start(CACHE_SECONDS="0")
     person = sign_up(service)
     service.sql(f"""UPDATE "user" SET is_active = false WHERE id = {person.id}""")
     assert person.api.get("/users/me").status_code == 401
@@ -2241,10 +2252,13 @@ def test_bad_filters_are_422(service: Service, query: str) -> None:
 
 def statements(service: Service, path: str) -> list[str]:
     """What the service asks its database for an anonymous GET."""
-    begin = service.log.stat().st_size
-    assert service.client.get(path).status_code == 200
-    log = service.log.read_bytes()[begin:].decode()
-    return re.findall(r"INFO (SELECT .*?)\n\d{4}-\d\d-", log, re.DOTALL)
+    before = service.log_so_far()
+    unheard = (
+        f"{path}{'&' if '?' in path else '?'}n={next(numbers)}"  # so that it is not remembered
+    )
+    assert service.client.get(unheard).status_code == 200
+    log = service.log_so_far().removeprefix(before)
+    return re.findall(r"INFO +(SELECT .*?)\n\d{4}-\d\d-", log, re.DOTALL)
 
 
 def test_a_page_of_20_posts_costs_two_statements(service: Service) -> None:
@@ -2264,10 +2278,11 @@ def test_page_one_and_reading_on_use_indexes(service: Service) -> None:
     asked = [statement for path in paths for statement in statements(service, path)]
     assert len(asked) == 7
     for statement in asked:
-        values = ", ".join("1" * statement.count("?"))
         plan = service.sql(f"EXPLAIN QUERY PLAN {statement.replace('?', '1')}")
-        steps = [step for *_, step in plan]
-        assert all(step.startswith("SEARCH") for step in steps), (statement, steps, values)
+        steps = [step for *_, step in plan if not step.startswith("SCALAR SUBQUERY")]
+        if steps[0] == "SCAN CONSTANT ROW":  # the count: of all, which is quick, less the drafts
+            steps = steps[2:]
+        assert all(step.startswith("SEARCH") for step in steps), (statement, steps)
 
 
 def test_nobody_is_answered_what_was_true_before(service: Service) -> None:
@@ -2762,7 +2777,7 @@ def test_bad_utf_8_closes_the_room_and_leaves_no_traceback(service: Service) -> 
     with in_room(person, publish(person)["id"]) as room:
         room.send(b"\xff", text=True)
         assert close_code(room) == 1007
-    assert "Invalid UTF-8" not in service.log.read_text()
+    assert "Invalid UTF-8" not in service.log_so_far()
 
 
 def test_a_bad_token_closes_the_room_with_4401(service: Service) -> None:
@@ -3121,7 +3136,7 @@ def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., S
     )
     email = new_email()
     assert register(service, email=email).status_code == 503
-    assert "the database failed: " in service.log.read_text()
+    eventually(lambda: "the database failed: " in service.log.read_text())
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, limits)
     assert log_in(service, email).status_code == 401
     assert register(service, email=email).status_code == 201
@@ -3210,7 +3225,7 @@ def test_nothing_secret_and_no_email_is_in_the_log(service: Service) -> None:
     """The shared server ran at LOG_LEVEL=debug through all the tests above."""
     person = sign_up(service)
     person.api.get("/users?page=1&note=hunter3")
-    log = service.log.read_text()
+    log = service.log_so_far()
     assert "SELECT" in log
     assert "INSERT" in log
     for secret in SECRETS | {person.email, "@example.com", "$2b$", "Bearer ey", "hunter3"}:
