@@ -574,24 +574,20 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-def moment_of(text: str, of_date: time = time.min) -> datetime:
-    """A time, or of a date its first moment or another; UTC where no zone is given."""
+def moment(text: str, at: time = time.min) -> datetime:
+    """A time, or a date at its first moment or another; UTC where no zone is given."""
     with suppress(ValueError):
-        return datetime.combine(date.fromisoformat(text), of_date, UTC)
+        return datetime.combine(date.fromisoformat(text), at, UTC)
     found = datetime.fromisoformat(text)
-    try:
-        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-    except OverflowError:
-        raise ValueError("is before or after all time") from None
-
-
-last_moment_of = partial(moment_of, of_date=time.max)
+    with suppress(OverflowError):
+        return found.replace(tzinfo=found.tzinfo or UTC).astimezone(UTC)
+    raise ValueError("is before or after all time")
 
 
 class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
-    min_date: Annotated[datetime | None, BeforeValidator(moment_of, str)] = None
-    max_date: Annotated[datetime | None, BeforeValidator(last_moment_of, str)] = None
+    min_date: Annotated[datetime | None, BeforeValidator(moment, str)] = None
+    max_date: Annotated[datetime | None, BeforeValidator(partial(moment, at=time.max), str)] = None
     sort: Sort | None = None
     before: Id | None = None
 
