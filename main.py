@@ -85,9 +85,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 API = "/api/v1"
 
 
-def now() -> datetime:
-    """The one clock: UTC, like all that is stored and sent."""
-    return datetime.now(UTC)
+now = partial(datetime.now, UTC)  # the one clock: UTC, like all that is stored and sent
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -1097,13 +1095,6 @@ def send_mail(to: str, subject: str, body: str) -> None:
         threading.Thread(target=deliver_or_log, args=mail, name="mail", daemon=True).start()
 
 
-def last_mails(seconds: float) -> None:
-    """Gives the mails under way a moment to leave."""
-    until = perf_counter() + seconds
-    for thread in mails_under_way():
-        thread.join(max(0, until - perf_counter()))
-
-
 # --- Dependencies ---------------------------------------------------------------------------------
 # Who is asking, and may they? Every answer is a noun that a route takes as an argument.
 
@@ -1562,23 +1553,27 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
 # are signed in: they hear of the post, and each other.
 
 live = APIRouter(tags=["live"])
-CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008}
-CLOSE_CODES |= {"RATE_LIMITED": 1013, "UNAVAILABLE": 1013}
-Resumed = Annotated[str, Header(alias="Last-Event-ID")]
+CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008}  # else 1013
 AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
+Resumed = Annotated[str, Header(alias="Last-Event-ID")]
 
 
 class EventStream(StreamingResponse):
-    media_type = "text/event-stream"
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers.update({"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        self.headers["X-Accel-Buffering"] = "no"
         async with events.seat():
             with suppress(Refusal):  # of a body, which nobody asked for
                 await super().__call__(scope, receive, send)
 
 
-async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
-    """Events as a browser's EventSource reads them; `reset` says that some are missing."""
+@live.get("/events", response_class=EventStream, responses=AS_EVENTS, openapi_extra=ForAnyone)
+async def stream_events(
+    me: MaybeUser, post_id: Id | None = None, last_event_id: str = "", resumed: Resumed = ""
+) -> AsyncIterator[str]:
+    """What happens to published posts, or to one. Name your last event to get what you missed."""
+    last = resumed or last_event_id
+    place = events.place_after(last) if last else events.count
     if place is None:
         place = events.count
         yield f"id: {events.run}-{place}\nevent: reset\ndata: {{}}\n\n"
@@ -1587,17 +1582,6 @@ async def as_text(place: int | None, post_id: int | None) -> AsyncIterator[str]:
         yield "".join(lines) or ": ping\n\n"
         if post_id and any(event.kind == "post.deleted" for event in found):
             return
-
-
-@live.get("/events", response_class=Response, responses=AS_EVENTS, openapi_extra=ForAnyone)
-async def stream_events(
-    me: MaybeUser, post_id: Id | None = None, last_event_id: str = "", resumed: Resumed = ""
-) -> EventStream:
-    """What happens to published posts, or to one. Name your last event to get what you missed."""
-    last = resumed or last_event_id
-    place = events.place_after(last) if last else events.count
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return EventStream(as_text(place, post_id), headers=headers)
 
 
 class Hello(Body):
@@ -1663,7 +1647,7 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
     if origin and not known:
         return await socket.close()  # before it was accepted, so the answer is 403
     await socket.accept()
-    guest, code = Visit(socket, post_id), 0
+    guest = Visit(socket, post_id)
     try:
         limit_client(socket.scope)
         async with events.seat():
@@ -1671,14 +1655,9 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
             async with asyncio.TaskGroup() as works:
                 for work in (guest.speak(), guest.hear(events), guest.hear(chat)):
                     works.create_task(work)
-    except* (WebSocketDisconnect, RuntimeError):  # RuntimeError: it was closed already
-        pass
-    except* Refusal as refused:
-        code = CLOSE_CODES[getattr(refused.exceptions[0], "code", "")]
-    except* DATABASE_ERRORS:
-        code = 1013
-    if code:
-        with suppress(WebSocketDisconnect, RuntimeError):
+    except* (Refusal, WebSocketDisconnect, RuntimeError, *DATABASE_ERRORS) as ended:
+        code = CLOSE_CODES.get(getattr(ended.exceptions[0], "code", ""), 1013)
+        with suppress(WebSocketDisconnect, RuntimeError):  # it was closed already
             await socket.close(code)
 
 
@@ -1884,13 +1863,17 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         reason = str(error).partition("\n")[0]
         log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
         os._exit(3)  # raising would print a traceback after this line
+    if not remembers:
+        log.info("Nothing is remembered: CACHE_SECONDS is 0, or others may write to the database")
     for number in uvicorn.server.HANDLED_SIGNALS:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
     with log_writer.in_thread():
         yield
-    await to_thread.run_sync(last_mails, 1.0)
+    with move_on_after(1):  # for the mails under way to leave
+        for mail in mails_under_way():
+            await to_thread.run_sync(mail.join, 1.0, abandon_on_cancel=True)
     await readers.dispose()
     await writer.dispose()
 

@@ -17,6 +17,7 @@ import hmac
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -128,7 +129,13 @@ def _nothing_stays_behind() -> Iterator[None]:
 class Service:
     """A server with a database, a folder and settings of its own."""
 
-    def __init__(self, folder: Path, database: str = "sqlite", **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        database: str = "sqlite",
+        command: list[str] | None = None,
+        **settings: str,
+    ) -> None:
         self.folder, self.database, self.port = folder, database, free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
@@ -146,13 +153,15 @@ class Service:
         if database == "postgresql":
             usual["DATABASE_URL"] = new_postgres_database()
         self.settings = usual | settings
+        own = [sys.executable, str(HERE / "main.py")]
+        self.command = [*command, "--port", str(self.port)] if command else own
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, str(HERE / "main.py")]
         with self.log.open("ab") as log:
+            env = environment(self.settings)
             self.process = subprocess.Popen(
-                command, cwd=self.folder, env=environment(self.settings), stdout=log, stderr=log
+                self.command, cwd=self.folder, env=env, stdout=log, stderr=log
             )
         processes.append(self.process)
         self.client = httpx.Client(
@@ -305,7 +314,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Starts servers with settings of their own; all are stopped in the end."""
     started: list[Service] = []
 
-    def start_one(**settings: str) -> Service:
+    def start_one(**settings: Any) -> Service:
         folder = tmp_path / str(len(started))
         folder.mkdir()
         started.append(Service(folder, **settings))
@@ -668,7 +677,7 @@ def test_four_processes_that_start_on_one_empty_database_all_serve(
     folders = [tmp_path / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir()
-    services = at_once(4, lambda number: Service(folders[number], **settings))
+    services = at_once(4, lambda number: Service(folders[number], "sqlite", None, **settings))
     admin = sign_in(
         services[0], ADMIN["username"], settings.get("FIRST_SUPERUSER_PASSWORD", ADMIN["password"])
     )
@@ -2990,6 +2999,487 @@ def test_sigterm_ends_rooms_and_streams_at_once(start: Callable[..., Service]) -
     assert "ERROR" not in service.log.read_text()
 
 
+# --- Rate limiter ---------------------------------------------------------------------------------
+
+
+def run_beside_main(script: str, folder: Path) -> str:
+    """What a script prints that imports main, with a database of its own."""
+    env = environment({"SECRET_KEY": KEY}) | {"PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def limiter_class() -> Any:
+    settings_class()
+    import main
+
+    return main.Limiter
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
+    """The model keeps every hit; a window opens at the first hit that no window covers."""
+    chance = random.Random(seed)  # noqa: S311
+    quota, seconds = chance.randint(1, 5), 60
+    limiter = limiter_class()("default", f"{quota}/minute")
+    opened: dict[str, list[float]] = {}
+    moment = 1_000.0
+    for _ in range(5_000):
+        moment += chance.choice([0, 0, 0.5, 3, 10, 59, 60, 61])
+        key = f"client {chance.randrange(8)}"
+        hits = opened.get(key, [])
+        if not hits or moment - hits[0] >= seconds:
+            hits = opened[key] = []
+        hits.append(moment)
+        left, wait = limiter.hit(key, moment)
+        assert left == quota - len(hits)
+        assert hits[0] + seconds <= moment + wait < hits[0] + seconds + 1
+
+
+def test_a_million_clients_cost_at_most_20_mb(tmp_path: Path) -> None:
+    """Hit by hit as fast as for one of them."""
+    script = f"""
+import main, os, time
+def size(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+limiter, before = main.Limiter("default", "600/hour"), size()
+times = []
+for block in range({10 if FULL else 2}):
+    began = time.process_time()
+    for number in range(100_000):
+        limiter.hit(f"2001:db8:{{block:x}}:{{number:x}}", float(block))
+    times.append(time.process_time() - began)
+print((size() - before) / 1e6, max(times))
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux tells how much memory a process has")
+    grown, seconds = map(float, run_beside_main(script, tmp_path).split())
+    assert grown < 20
+    assert seconds < 2
+
+
+def test_every_answer_tells_where_the_client_stands(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="4/minute", AUTH_RATE_LIMIT="2/hour")
+    origin = {"Origin": "http://localhost:3000"}
+    left = []
+    for path in ("/posts", "/posts/1", "/nothing", "/users/me"):  # whatever the answer
+        answer = service.client.get(path)
+        assert answer.headers["ratelimit-policy"] == '"default";q=4;w=60'
+        found = re.fullmatch(r'"default";r=(\d);t=(\d+)', answer.headers["ratelimit"])
+        assert found
+        assert 58 <= int(found[2]) <= 60
+        left.append(int(found[1]))
+    assert left == [3, 2, 1, 0]
+    refused = service.client.get("/posts", headers=origin)
+    assert refused.json()["error_code"] == "RATE_LIMITED"
+    assert refused.status_code == 429
+    assert refused.headers["access-control-allow-origin"] == origin["Origin"]
+    wait = refused.headers["retry-after"]
+    assert refused.headers["ratelimit"] == f'"default";r=0;t={wait}'
+    assert 50 <= int(wait) <= 60
+    for number in (1, 0):
+        answer = register(service)
+        assert answer.status_code == 201
+        assert answer.headers["ratelimit-policy"] == '"auth";q=2;w=3600'
+        assert answer.headers["ratelimit"] == f'"auth";r={number};t=3600'
+    assert register(service).status_code == 429
+    assert log_in(service, "a@example.com").status_code == 429
+    assert log_in(service, "a@example.com").headers["retry-after"] == "3600"
+
+
+def test_health_verify_docs_and_preflights_are_not_limited(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="1/hour", AUTH_RATE_LIMIT="1/hour")
+    service.client.get("/posts")
+    asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "GET"}
+    for _ in range(3):
+        for path in ("/health", "/docs", "/docs/swagger-ui.css", "/openapi.json"):
+            answer = service.client.get(service.address + path)
+            assert answer.status_code == 200, path
+            assert "ratelimit" not in answer.headers
+        assert service.client.get("/auth/verify").status_code == 401
+        assert service.client.options("/posts", headers=asked).status_code == 200
+    assert service.client.get("/posts").status_code == 429
+
+
+def test_a_window_ends_when_it_said(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="2/second")
+    assert [service.client.get("/posts").status_code for _ in range(3)] == [200, 200, 429]
+    began = time.monotonic()
+    eventually(lambda: service.client.get("/posts").status_code == 200, 3)
+    assert time.monotonic() - began < 1.5
+
+
+def test_limits_that_are_off_show_nothing(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="off", AUTH_RATE_LIMIT="1/minute")
+    assert "ratelimit" not in service.client.get("/posts").headers
+    assert register(service).headers["ratelimit"] == '"auth";r=0;t=60'
+    assert register(service).status_code == 429
+
+
+def test_a_stranger_cannot_choose_to_be_somebody_else(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="150/hour", AUTH_RATE_LIMIT="3/hour")
+    answers = [
+        service.client.get("/posts", headers={"X-Forwarded-For": f"10.0.{i}.1"}).status_code
+        for i in range(200)
+    ]
+    assert answers == [200] * 150 + [429] * 50
+    for _ in range(3):
+        assert log_in(service, "a@example.com").status_code == 401
+    odd = service.client.post("/auth/login%0A", data={"username": "a@example.com", "password": "x"})
+    assert odd.status_code == 429  # whatever leads to the same route
+
+
+def test_behind_a_proxy_each_client_has_its_own_limit(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="2/hour", FORWARDED_ALLOW_IPS="127.0.0.1")
+
+    def get(address: str) -> int:
+        answer = service.client.get("/posts", headers={"X-Forwarded-For": address})
+        return answer.status_code
+
+    assert [get("10.0.0.1"), get("10.0.0.1"), get("10.0.0.1")] == [200, 200, 429]
+    assert [get("10.0.0.2:5000"), get("10.0.0.2"), get("::ffff:10.0.0.2")] == [200, 200, 429]
+    same = ["2001:db8::1", "2001:db8:0:0:ffff::2", "[2001:db8::3]:443"]
+    assert [get(address) for address in same] == [200, 200, 429]
+    assert get("2001:db8:0:1::1") == 200  # the next /64
+    assert [get("nonsense"), get("10.0.0"), get("x" * 5_000)] == [200, 200, 429]
+
+
+def test_logins_are_limited_by_email_too(start: Callable[..., Service]) -> None:
+    service = start(AUTH_RATE_LIMIT="1/hour", FORWARDED_ALLOW_IPS="127.0.0.1")
+    addresses = (f"10.1.0.{number}" for number in count(1))
+
+    def log_in_from_anywhere(email: str, password: str = "wrong password") -> httpx.Response:  # noqa: S107
+        form = {"username": email, "password": password}
+        headers = {"X-Forwarded-For": next(addresses)}
+        return service.client.post("/auth/login", data=form, headers=headers)
+
+    for _ in range(10):
+        answer = log_in_from_anywhere(ADMIN["username"])
+        assert answer.status_code == 401
+        assert answer.headers["ratelimit"] == '"auth";r=0;t=3600'
+    refused = log_in_from_anywhere(ADMIN["username"].upper(), ADMIN["password"])
+    assert refused.status_code == 429
+    assert refused.headers["ratelimit-policy"] == '"auth";q=10;w=3600'
+    assert 3_590 <= int(refused.headers["retry-after"]) <= 3_600
+    assert log_in_from_anywhere("somebody@example.com").status_code == 401
+
+
+def test_rooms_count_as_requests(start: Callable[..., Service]) -> None:
+    service = start(RATE_LIMIT="1/hour")
+    with room_of(service, 1) as first, room_of(service, 1) as second:
+        say(first, type="auth", token="x")  # noqa: S106
+        assert close_code(first) == 4401
+        assert close_code(second) == 1013
+
+
+def test_50_logins_at_once_hold_up_no_reader(start: Callable[..., Service]) -> None:
+    service = start(BCRYPT_ROUNDS="12", AUTH_RATE_LIMIT="30/minute")
+    post = publish(sign_up(service))["id"]
+    for path in (f"/posts/{post}", "/posts?size=1"):
+        service.client.get(path)
+    with ThreadPoolExecutor(50) as pool:
+        logins = [pool.submit(log_in, service, ADMIN["username"], "wrong one") for _ in range(50)]
+        times: list[float] = []
+        while not all(login.done() for login in logins) or len(times) < 100:
+            began = time.perf_counter()
+            assert service.client.get(f"/posts/{post}").status_code == 200
+            times.append(time.perf_counter() - began)
+    statuses = [login.result().status_code for login in logins]
+    assert set(statuses) == {401, 429}
+    assert statistics.quantiles(times, n=100)[98] < 0.1
+
+
+# --- Cache ----------------------------------------------------------------------------------------
+
+
+def test_what_anybody_may_read_is_answered_from_memory(service: Service) -> None:
+    author = sign_up(service)
+    post = publish(author)["id"]
+    comment(author, post)
+    remembers = service.database == "sqlite"
+    for path in (f"/posts/{post}", f"/posts/{post}/comments", "/posts?size=2", "/posts"):
+        first, second = service.client.get(path), service.client.get(path)
+        assert first.headers.get("x-cache") == ("miss" if remembers else None)
+        assert second.headers.get("x-cache") == ("hit" if remembers else None)
+        assert first.content == second.content
+        for answer in (first, second):
+            assert answer.headers["cache-control"] == "public, max-age=0, must-revalidate"
+            assert answer.headers["vary"] == "Origin, Authorization"
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.headers["etag"] == first.headers["etag"]
+        etag = first.headers["etag"]
+        for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+            same = service.client.get(path, headers={"If-None-Match": known})
+            assert (same.status_code, same.content) == (304, b"")
+            assert same.headers["etag"] == etag
+            assert same.headers["vary"] == "Origin, Authorization"
+            assert "cache-control" in same.headers
+            assert "content-type" not in same.headers
+        for other in ('"other"', "", etag.strip('"')[:-1]):
+            assert service.client.get(path, headers={"If-None-Match": other}).status_code == 200
+    changed = author.api.patch(f"/posts/{post}", json={"title": "Another"})
+    newer = service.client.get(f"/posts/{post}", headers={"If-None-Match": first.headers["etag"]})
+    assert newer.json() == changed.json()
+
+
+def test_origins_do_not_share_their_headers(service: Service) -> None:
+    path = f"/posts/{publish(sign_up(service))['id']}"
+    for origin in ("http://localhost:3000", "http://evil.example", None, "http://localhost:3000"):
+        answer = service.client.get(path, headers={"Origin": origin} if origin else {})
+        allowed = origin if origin == "http://localhost:3000" else None
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        assert answer.headers["vary"] == "Origin, Authorization"
+
+
+def test_answers_to_a_token_and_errors_are_not_kept(service: Service) -> None:
+    author = sign_up(service)
+    draft, post = write(author)["id"], publish(author)["id"]
+    for path in (f"/posts/{post}", f"/posts/{draft}", f"/posts/{draft}/comments", "/posts"):
+        for _ in range(2):
+            answer = author.api.get(path)
+            assert answer.status_code == 200
+            assert answer.headers["cache-control"] == "private, no-cache"
+            assert "Authorization" in answer.headers["vary"]
+            assert not {"etag", "x-cache"} & answer.headers.keys()
+    for path in (f"/posts/{draft}", f"/posts/{NEVER}", "/posts?size=0", f"/posts/{draft}/comments"):
+        for _ in range(2):
+            refused = service.client.get(path, headers={"If-None-Match": "*"})
+            assert refused.status_code in (404, 422)
+            assert not {"etag", "x-cache", "cache-control"} & refused.headers.keys()
+
+
+def test_a_bad_token_is_never_answered_from_memory(service: Service) -> None:
+    path = f"/posts/{publish(sign_up(service))['id']}"
+    for _ in range(2):
+        service.client.get(path)
+        assert service.as_("junk").get(path).status_code == 401
+        assert service.client.get(path, headers={"Authorization": ""}).status_code == 401
+
+
+WRITES: dict[str, Callable[[Account, dict[str, Any]], httpx.Response]] = {
+    "registering": lambda me, post: register(me.service),
+    "a new name": lambda me, post: me.api.patch("/users/me", json={"first_name": new_email()}),
+    "a new post": lambda me, post: me.api.post("/posts", json={"title": "T", "content": "C"}),
+    "a change": lambda me, post: me.api.patch(f"/posts/{post['id']}", json={"title": "New"}),
+    "publishing": lambda me, post: me.api.post(f"/posts/{write(me)['id']}/publish"),
+    "deleting": lambda me, post: me.api.delete(f"/posts/{write(me)['id']}"),
+    "a comment": lambda me, post: me.api.post(f"/posts/{post['id']}/comments", json={"text": "C"}),
+    "deleting a comment": lambda me, post: me.api.delete(
+        f"/comments/{comment(me, post['id'])['id']}"
+    ),
+    "deleting a user": lambda me, post: sign_in_admin(me.service).api.delete(
+        f"/users/{register(me.service).json()['id']}"
+    ),
+}
+
+
+@pytest.mark.parametrize("act", WRITES.values(), ids=WRITES.keys())
+def test_each_commit_empties_the_memory(
+    service: Service, act: Callable[[Account, dict[str, Any]], httpx.Response]
+) -> None:
+    if service.database != "sqlite":
+        pytest.skip("nothing is remembered there")
+    me = sign_up(service)
+    post = publish(me)
+    for path in (f"/posts/{post['id']}", f"/posts/{post['id']}/comments", "/posts"):
+        service.client.get(path)
+        assert service.client.get(path).headers["x-cache"] == "hit"
+        assert act(me, post).is_success
+        assert service.client.get(path).headers["x-cache"] == "miss"
+
+
+def test_sessions_do_not_empty_the_memory(service: Service) -> None:
+    if service.database != "sqlite":
+        pytest.skip("nothing is remembered there")
+    me = sign_up(service)
+    service.client.get("/posts")
+    tokens = log_in(service, me.email).json()
+    assert refresh(service, tokens["refresh_token"]).status_code == 200
+    assert service.as_(tokens["access_token"]).post("/auth/logout").status_code == 204
+    assert service.client.get("/posts").headers["x-cache"] == "hit"
+
+
+RACE = """
+import asyncio, main
+from main import *
+
+async def run():
+    async with main.lifespan(None):
+        async with AsyncSession(writer) as db:
+            db.add(User(id=1, email="a@example.com", hashed_password=""))
+            db.add(Post(id=1, title="old", content="c", author_id=1, is_published=True))
+            await db.commit()
+        begun, go_on, asked = asyncio.Event(), asyncio.Event(), []
+
+        async def slow(scope, receive, send):
+            async with reading() as db:
+                title = (await find_post(db, 1, None)).title
+            asked.append(title)
+            begun.set()
+            await go_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": title.encode()})
+
+        door, answered = Answers(slow), []
+
+        async def get():
+            scope = {"type": "http", "method": "GET", "path": "/api/v1/posts/1"}
+            scope |= {"query_string": b"", "state": {"asked": {}, "told": {}}}
+            async def send(message):
+                answered.append(message.get("body"))
+            await door(scope, None, send)
+            return answered[-1], scope["state"]["told"][b"x-cache"]
+
+        async def begin():
+            begun.clear(); go_on.clear()
+            task = asyncio.create_task(get())
+            await begun.wait()
+            return task
+
+        async def finish(task):
+            go_on.set()
+            return await task
+
+        # Begun before a commit, answered after it: never kept.
+        task = await begin()
+        async with AsyncSession(writer) as db:
+            (await db.get(Post, 1)).title = "new"
+            await db.commit()
+        assert await finish(task) == (b"old", b"miss")
+        assert await get() == (b"new", b"miss")
+        assert await get() == (b"new", b"hit")
+
+        # While a write is under way: neither what was kept, nor what is read now, is used again.
+        async with AsyncSession(writer) as db:
+            (await db.get(Post, 1)).title = "newer"
+            assert await get() == (b"new", b"hit")
+            await db.flush()
+            assert await get() == (b"new", b"miss")
+            task = await begin()
+            assert (await finish(task)) == (b"new", b"miss")
+            task = await begin()
+            await db.commit()
+        assert await finish(task) == (b"new", b"miss")
+        assert await get() == (b"newer", b"miss")
+        assert await get() == (b"newer", b"hit")
+
+        # A write that was undone changes nothing, and the memory is of use again.
+        async with AsyncSession(writer) as db:
+            (await db.get(Post, 1)).title = "never"
+            await db.flush()
+        assert await get() == (b"newer", b"miss")
+        assert await get() == (b"newer", b"hit")
+
+        # A write by hand counts as well, in whatever words; a session's does not.
+        from sqlalchemy import text
+        for words, found in [
+            ("UPDATE session SET user_id = 1", b"hit"),
+            ("UPDATE post SET title = 'other'", b"miss"),
+            ("REPLACE INTO post SELECT * FROM post", b"miss"),
+            ("WITH x AS (SELECT 1) DELETE FROM post WHERE id = 9", b"miss"),
+        ]:
+            await get()
+            async with writer.begin() as connection:
+                await connection.execute(text(words))
+            assert (await get())[1] == found, words
+    print("held")
+
+asyncio.run(run())
+"""
+
+
+def test_no_answer_begun_before_a_commit_is_kept_after_it(tmp_path: Path) -> None:
+    assert run_beside_main(RACE, tmp_path) == "held\n"
+
+
+def test_the_memory_is_bounded_by_entries_and_by_bytes() -> None:
+    settings_class()
+    import main
+
+    memory = main.Memory("post")
+    for number in range(10_000):
+        memory.keep(number, b"", 1_000, memory.ticket)
+        assert len(memory.kept) <= main.MAX_KEPT
+    assert memory.get(9_999) == b""
+    for number in range(100):
+        memory.keep(number, b"", 1024 * 1024, memory.ticket)
+        assert memory.bytes <= main.MAX_KEPT_BYTES
+    memory.keep("huge", b"", main.MAX_KEPT_BYTES + 1, memory.ticket)
+    assert memory.get("huge") is None
+
+
+def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]) -> None:
+    service = start(CACHE_SECONDS="1")
+    publish(sign_up(service))
+    old = service.client.get("/posts").json()
+    service.sql("UPDATE post SET title = 'Changed from outside'")
+    assert service.client.get("/posts").json() == old
+    eventually(lambda: service.client.get("/posts").json() != old, 3)
+
+
+@pytest.mark.parametrize("reason", ["CACHE_SECONDS=0", "WORKERS=2", "a child process"])
+def test_nothing_is_remembered_where_others_may_write(
+    start: Callable[..., Service], tmp_path: Path, reason: str
+) -> None:
+    """Each of several processes answers what is true now, whichever of them wrote it."""
+    name, _, value = reason.partition("=")
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "main:app",
+        "--app-dir",
+        str(HERE),
+        "--workers",
+        "2",
+    ]
+    service = start(**{name: value}) if value else start(command=command)
+    author = sign_up(service)
+    post = publish(author)["id"]
+    for number in range(50):
+        changed = author.api.patch(f"/posts/{post}", json={"title": f"Number {number}"})
+        for _ in range(3):
+            answer = httpx.get(f"{service.address}/api/v1/posts/{post}")  # a new connection
+            assert answer.json() == changed.json()
+            assert "x-cache" not in answer.headers
+            assert "etag" in answer.headers
+    assert httpx.get(str(answer.url), headers={"If-None-Match": "*"}).status_code == 304
+    me = {"Authorization": f"Bearer {author.tokens['access_token']}"}
+    for _ in range(10):
+        assert httpx.get(f"{service.address}/api/v1/users/me", headers=me).status_code == 200
+    assert author.api.post("/auth/logout").status_code == 204
+    for _ in range(10):
+        assert httpx.get(f"{service.address}/api/v1/users/me", headers=me).status_code == 401
+    assert "Nothing is remembered: " in service.log.read_text()
+
+
+def test_a_signed_in_request_asks_the_database_once_or_never(service: Service) -> None:
+    person = sign_up(service)
+
+    def asked(path: str) -> int:
+        before = service.log_so_far()
+        assert person.api.get(path).status_code == 200
+        return len(re.findall("SELECT ", service.log_so_far().removeprefix(before)))
+
+    person.api.get("/users/me")
+    assert asked("/users/me") == (0 if service.database == "sqlite" else 1)
+    post = publish(person)["id"]
+    assert asked(f"/posts/{post}") == (1 if service.database == "sqlite" else 2)
+
+
+def test_a_token_that_is_remembered_ends_all_the_same(service: Service) -> None:
+    person = sign_up(service)
+    soon = service.as_(forge(person, exp=int(time.time()) + 2))
+    assert soon.get("/users/me").status_code == 200
+    eventually(lambda: soon.get("/users/me").status_code == 401)
+    for end in ("/auth/logout", "/auth/logout?everywhere=true"):
+        again = sign_in(service, person.email)
+        assert again.api.get("/users/me").status_code == 200
+        assert again.api.post(end).status_code == 204
+        assert again.api.get("/users/me").status_code == 401
+
+
 # --- Mail -----------------------------------------------------------------------------------------
 
 
@@ -3230,6 +3720,120 @@ def test_nothing_secret_and_no_email_is_in_the_log(service: Service) -> None:
     assert "INSERT" in log
     for secret in SECRETS | {person.email, "@example.com", "$2b$", "Bearer ey", "hunter3"}:
         assert secret not in log
+
+
+LINE = re.compile(
+    r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (?P<level>[A-Z]+) +(?P<method>[A-Z]+) (?P<path>\S+) "
+    r"(?P<status>\d+) (?P<ms>\d+\.\d) ms (?P<client>\S+) (?P<who>user \d+|anonymous) (?P<id>\S+)"
+)
+
+
+def test_in_development_people_read_a_line_for_each_request(start: Callable[..., Service]) -> None:
+    service = start()
+    person = sign_up(service)
+    answers = [
+        (service.client.get("/posts?page=1"), "anonymous", "/api/v1/posts"),
+        (person.api.get("/users/me"), f"user {person.id}", "/api/v1/users/me"),
+        (person.api.get("/users/0"), f"user {person.id}", "/api/v1/users/0"),
+        (service.client.get("/users/me"), "anonymous", "/api/v1/users/me"),
+        (service.client.post("/posts%0A2026%20%1b[31m"), "anonymous", None),
+        (service.client.options("/posts"), "anonymous", "/api/v1/posts"),
+    ]
+    lines = service.log_so_far().splitlines()
+    for answer, who, path in answers:
+        (line,) = (line for line in lines if line.endswith(answer.headers["x-request-id"]))
+        found = LINE.fullmatch(line)
+        assert found, line
+        assert found["method"] == answer.request.method
+        assert path in (None, found["path"])
+        assert (int(found["status"]), found["who"]) == (answer.status_code, who)
+        assert (found["level"], found["client"]) == ("INFO", "127.0.0.1")
+        assert float(found["ms"]) <= 1_000 * answer.elapsed.total_seconds()
+    assert not any("\x1b" in line or "page=1" in line for line in lines)
+
+
+def test_rooms_and_streams_have_a_line_when_they_end(start: Callable[..., Service]) -> None:
+    service = start()
+    person = sign_up(service)
+    post = publish(person)["id"]
+    with in_room(person, post):
+        assert "WEBSOCKET" not in service.log_so_far()
+    with pytest.raises(InvalidStatus), room_of(service, post, origin="http://evil.example"):
+        pass
+    Listener(service).stop()
+    lines = eventually(
+        lambda: re.findall(r"([A-Z]+) /api/v1/(?:ws/posts/\d+|events) (\d+)", service.log_so_far())
+    )
+    eventually(lambda: len(re.findall("/events 200", service.log_so_far())) == 1, 15)
+    assert ("WEBSOCKET", "101") in lines
+    assert ("WEBSOCKET", "403") in lines
+
+
+def test_in_production_programs_read_a_line_for_each_request(start: Callable[..., Service]) -> None:
+    service = start(**PRODUCTION)
+    person = sign_up(service)
+    answer = person.api.get(f"/users/{person.id}?note=hunter4")
+    lines = [json.loads(line) for line in service.log_so_far().splitlines()]
+    (line,) = (line for line in lines if line.get("request_id") == answer.headers["x-request-id"])
+    assert datetime.fromisoformat(line.pop("time")).utcoffset() == timedelta(0)
+    assert 0 <= line.pop("ms") < 1_000
+    assert line == {
+        "level": "INFO",
+        "request_id": answer.headers["x-request-id"],
+        "method": "GET",
+        "path": f"/api/v1/users/{person.id}",
+        "status": 200,
+        "client": "127.0.0.1",
+        "user_id": person.id,
+    }
+    service.stop()
+    said = [json.loads(line).get("message", "") for line in service.log.read_text().splitlines()]
+    assert "Application startup complete." in said
+    assert any(message.startswith("Finished server process") for message in said)
+
+
+def test_no_line_is_lost_at_a_stop_and_none_is_written_below_the_level(
+    start: Callable[..., Service],
+) -> None:
+    service = start()
+    ids = [service.client.get("/posts").headers["x-request-id"] for _ in range(500)]
+    service.stop()
+    log = service.log.read_text()
+    assert all(request_id in log for request_id in ids)
+    quiet = start(LOG_LEVEL="warning")
+    quiet.client.get("/posts")
+    quiet.stop()
+    assert "GET" not in quiet.log.read_text()
+
+
+def test_a_log_that_nobody_reads_stops_nobody(tmp_path: Path) -> None:
+    """A pipe holds 64 KiB, about 600 lines."""
+    port = free_port()
+    settings = {"PORT": str(port), "SECRET_KEY": KEY, "RATE_LIMIT": "off"}
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "main.py")],
+        cwd=tmp_path,
+        env=environment(settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        processes.append(process)
+        assert process.stderr
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=5) as client:
+
+            def answers() -> bool:
+                with contextlib.suppress(httpx.TransportError):
+                    return client.get("/").status_code == 200
+                return False
+
+            eventually(answers, 20)
+            for _ in range(3_000):
+                assert client.get("/").status_code == 200
+        reader = threading.Thread(target=process.stderr.read, daemon=True)
+        reader.start()  # else even the stop has to wait
+        process.terminate()
+        assert process.wait(15) in (0, -signal.SIGTERM)
+        reader.join()
 
 
 # --- The file -------------------------------------------------------------------------------------
