@@ -217,13 +217,6 @@ settings = read_settings()
 log = logging.getLogger("nutshell")
 
 
-def line_of(level: str, fields: dict[str, Any], text: str) -> str:
-    moment = now().isoformat(" ", "milliseconds")
-    if settings.production:
-        return json.dumps({"time": moment, "level": level} | fields)
-    return f"{moment[:23]} {level:8} {text}"
-
-
 class LogWriter(logging.Handler):
     """When nobody reads the log and 10,000 lines wait, the oldest are lost."""
 
@@ -235,9 +228,13 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)  # with its traceback
-        self.add(line_of(record.levelname, {"message": text}, text))
+        self.add(record.levelname, text, {"message": text})
 
-    def add(self, line: str) -> None:
+    def add(self, level: str, text: str, fields: dict[str, Any]) -> None:
+        moment = now().isoformat(" ", "milliseconds")
+        line = f"{moment[:23]} {level:8} {text}"
+        if settings.production:
+            line = json.dumps({"time": moment, "level": level} | fields)
         self.lines.append(f"{line}\n")
         self.some.set() if self.thread else self.flush()
 
@@ -282,7 +279,7 @@ def log_request(scope: Scope, status: int, seconds: float) -> None:
     }
     who = "user %(user_id)s" if line["user_id"] else "anonymous"
     text = f"%(method)s %(path)s %(status)s %(ms)s ms %(client)s {who} %(request_id)s"
-    log_writer.add(line_of("INFO", line, text % line))
+    log_writer.add("INFO", text % line, line)
 
 
 def without_query(record: logging.LogRecord) -> bool:
@@ -874,7 +871,7 @@ def limit_client(scope: Scope) -> None:
 MAX_KEPT = 2_000
 MAX_KEPT_BYTES = 16 * 1024 * 1024
 WRITE = re.compile(r'(?:INSERT INTO|UPDATE|DELETE FROM) "?(\w+)')
-alone = bool(settings.sqlite_file) and settings.workers == 1 and parent_process() is None
+alone = settings.sqlite_file is not None and settings.workers == 1 and parent_process() is None
 remembers = alone and settings.cache_seconds > 0
 
 
@@ -908,9 +905,7 @@ class Memory:
         self.kept[key] = value
         self.bytes += size
 
-    def on_statement(
-        self, connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: Any
-    ) -> None:
+    def on_statement(self, connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         """From the first write until its transaction ends nothing is known for sure."""
         written = WRITE.match(statement)
         if not statement.startswith("SELECT") and (not written or written[1] in self.tables):
