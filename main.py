@@ -227,8 +227,11 @@ class LogWriter(logging.Handler):
         self.thread: threading.Thread | None = None  # before and after it, lines go out at once
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)  # with its traceback
-        self.add(record.levelname, text, {"message": text})
+        try:
+            text = self.format(record)  # with its traceback
+            self.add(record.levelname, text, {"message": text})
+        except Exception:
+            self.handleError(record)
 
     def add(self, level: str, text: str, fields: dict[str, Any]) -> None:
         moment = now().isoformat(" ", "milliseconds")
@@ -236,21 +239,24 @@ class LogWriter(logging.Handler):
         if settings.production:
             line = json.dumps({"time": moment, "level": level} | fields)
         self.lines.append(f"{line}\n")
-        self.some.set() if self.thread else self.flush()
+        if self.thread is None:
+            self.write()
+        elif not self.some.is_set():
+            self.some.set()
 
-    def flush(self) -> None:
-        lines = []
-        with suppress(IndexError):
-            while True:
-                lines.append(self.lines.popleft())
-        with suppress(OSError):  # a full disk
-            sys.stderr.write("".join(lines))
+    def write(self) -> None:
+        """In pieces of 4 KiB, which stay whole in a pipe that several processes share."""
+        with suppress(IndexError, OSError):  # until there are no more, or the disk is full
+            while piece := self.lines.popleft():
+                while self.lines and len(piece) + len(self.lines[0]) < 4_096:
+                    piece += self.lines.popleft()
+                os.write(sys.stderr.fileno(), piece.encode())
 
     def run(self) -> None:
         while self.thread:
             self.some.wait()
             self.some.clear()
-            self.flush()
+            self.write()
             sleep(0.05)  # more may come
 
     @contextmanager
@@ -261,6 +267,8 @@ class LogWriter(logging.Handler):
         self.thread = None
         self.some.set()
         thread.join(1)
+        if thread.is_alive():  # nobody reads: what is said from now on waits in vain
+            self.thread = thread
 
 
 log_writer = LogWriter()
@@ -271,10 +279,10 @@ def log_request(scope: Scope, status: int, seconds: float) -> None:
     line = {
         "request_id": scope["state"]["request_id"],
         "method": scope.get("method", "WEBSOCKET"),
-        "path": quote(scope["path"]),  # so that no line can look like two
+        "path": quote(scope["path"][:200]),  # so that no line can look like two
         "status": status,
         "ms": round(seconds * 1000, 1),
-        "client": quote(scope["client"][0], safe=":") if scope["client"] else "",
+        "client": quote(scope["client"][0][:50], safe=":") if scope["client"] else "",
         "user_id": scope["state"].get("user_id"),
     }
     who = "user %(user_id)s" if line["user_id"] else "anonymous"
@@ -284,7 +292,7 @@ def log_request(scope: Scope, status: int, seconds: float) -> None:
 
 def without_query(record: logging.LogRecord) -> bool:
     """Of a WebSocket uvicorn logs the query, where a token may stand; of bad UTF-8 a traceback."""
-    return not re.search("WebSocket|Invalid UTF-8", str(record.msg))
+    return not re.search("WebSocket|Invalid UTF-8|^connection ", str(record.msg))
 
 
 def set_up_logging() -> None:
@@ -630,7 +638,7 @@ class OneTrip(aiosqlite.AsyncAdapt_aiosqlite_cursor):
     _awaitable_cursor_close = False
 
     def _make_new_cursor(self, connection: Any) -> Any:
-        return None
+        return None  # the thread makes one for each statement
 
     def _aenter_cursor(self, cursor: Any) -> Any:
         return None
@@ -654,18 +662,18 @@ class FirstComeFirstServed(AsyncAdaptedQueue[Any]):
         super().__init__(*args, **named)
         self.free = asyncio.Semaphore(0)
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        super().put(item, block, timeout)
+    def put_nowait(self, item: Any) -> None:
+        super().put_nowait(item)
         self.free.release()
 
-    async def turn(self, seconds: float | None) -> None:
+    async def wait(self, seconds: float | None) -> None:
         async with asyncio.timeout(seconds):
             await self.free.acquire()
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         with suppress(TimeoutError):
             if block or not self.free.locked():
-                await_(self.turn(timeout))
+                await_(self.wait(timeout))
                 return self.get_nowait()
         raise Empty
 
@@ -799,6 +807,7 @@ def read_token(token: str, kind: str) -> Claims:
 # --- Rate limiter ---------------------------------------------------------------------------------
 # Each client has so many requests in a window of time, which opens at the first of them. So at the
 # edge of two windows twice as many may pass: that is the price of a count that needs no history.
+# The front door leaves here what was `asked`, the headers, and adds to the answer what is `told`.
 
 SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
 MAX_WINDOWS = 20_000
@@ -814,8 +823,8 @@ class Limiter:
         self.quota, self.seconds = (int(number) * times, SECONDS[unit]) if unit else (0, 0)
         self.name, self.policy = name, f'"{name}";q={self.quota};w={self.seconds}'
         self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
-        self.old = self.new
-        self.turn = 0.0
+        self.old: dict[str, tuple[int, float]] = {}
+        self.turn = 0.0  # when the new ones become the old ones
 
     def hit(self, key: str, moment: float) -> tuple[int, int]:
         """Counts one more. How many are left, and the seconds until the window ends."""
@@ -825,7 +834,7 @@ class Limiter:
         if moment >= end:
             count, end = 0, moment + self.seconds
         self.new[key] = count + 1, end
-        return self.quota - count - 1, ceil(end - moment)
+        return self.quota - count - 1, min(self.seconds, ceil(end - moment))
 
 
 limits = Limiter("default", settings.rate_limit)
@@ -858,8 +867,8 @@ def limit(limiter: Limiter, key: str, scope: Scope) -> None:
 
 
 def limit_client(scope: Scope) -> None:
-    path, client = scope["path"], scope["client"] or [""]
-    if not path.startswith(UNLIMITED):
+    path, client = scope["state"]["path"], scope["client"] or [""]
+    if path.rstrip("\n") not in UNLIMITED and not path.startswith("/docs/"):
         limiter = auth_limits if path.startswith(STRICT) else limits
         limit(limiter, client_key(client[0]), scope)
 
@@ -893,7 +902,7 @@ class Memory:
         self.ticket += 1
 
     def get(self, key: Any) -> Any:
-        if self.kept and perf_counter() > self.until:
+        if perf_counter() > self.until:
             self.forget()
         return self.kept.get(key)
 
@@ -929,7 +938,7 @@ class Answers:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("method") != "GET" or not scope["path"].startswith(f"{API}/posts"):
+        if scope.get("method") != "GET" or not scope["state"]["path"].startswith(f"{API}/posts"):
             return await self.app(scope, receive, send)
         asked, told = scope["state"]["asked"], scope["state"]["told"]
         told[b"vary"] = b"Authorization" if b"origin" in asked else b"Origin, Authorization"
@@ -940,16 +949,14 @@ class Answers:
         answer, found = answers.get(key), b"hit"
         if answer is None:
             answer, found = await self.ask(key, scope, receive), b"miss"
-        status, headers, shared, body = answer
-        if shared:
-            if remembers:
-                told[b"x-cache"] = found
-            etags = asked.get(b"if-none-match", b"")
-            if shared[0][1] in etags or etags.strip() == b"*":
+        status, headers, etag, body = answer
+        if etag:
+            told |= {b"etag": etag, b"cache-control": b"public, max-age=0, must-revalidate"}
+            told |= {b"x-cache": found} if remembers else {}
+            known = asked.get(b"if-none-match", b"")
+            if etag in known or known.strip() == b"*":
                 status, headers, body = 304, [], b""
-        await send(
-            {"type": "http.response.start", "status": status, "headers": [*headers, *shared]}
-        )
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def ask(self, key: tuple[str, bytes], scope: Scope, receive: Receive) -> Any:
@@ -959,12 +966,12 @@ class Answers:
             parts.append(part)
 
         await self.app(scope, receive, collect)
+        status, headers = parts[0]["status"], parts[0]["headers"]
         body = b"".join(part.get("body", b"") for part in parts)
-        if parts[0]["status"] != 200:
-            return parts[0]["status"], parts[0]["headers"], [], body
+        if status != 200:
+            return status, headers, b"", body
         etag = b'"%b"' % hashlib.blake2b(body, digest_size=16).hexdigest().encode()
-        shared = [(b"etag", etag), (b"cache-control", b"public, max-age=0, must-revalidate")]
-        answer = 200, parts[0]["headers"], shared, body
+        answer = status, headers, etag, body
         answers.keep(key, answer, len(body) + len(key[0]) + len(key[1]) + 1_000, ticket)
         return answer
 
@@ -1107,7 +1114,7 @@ async def live_session(db: AsyncSession, claims: Claims) -> LoginSession:
 
 async def session_of(token: str) -> LoginSession:
     """The live session that an access token names."""
-    ticket, known = identities.ticket, identities.get(token)
+    known, ticket = identities.get(token), identities.ticket
     if known and now().timestamp() < known[0]:
         session: LoginSession = known[1]
         return session
@@ -1759,6 +1766,7 @@ class FrontDoor:
         request_id = name if REQUEST_ID.fullmatch(name) else secrets.token_hex(8)
         told = {b"x-content-type-options": b"nosniff", b"x-request-id": request_id.encode()}
         state = {"request_id": request_id, "asked": asked, "told": told}
+        state["path"] = scope["path"].removeprefix(scope.get("root_path", ""))
         scope.setdefault("state", {}).update(state)
         status = 403  # of a socket that is not accepted
 
