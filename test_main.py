@@ -3771,6 +3771,55 @@ def test_a_health_check_is_answered_under_load(service: Service) -> None:
         loader.join()
 
 
+def test_who_waits_for_a_connection_is_served_before_who_comes_later(tmp_path: Path) -> None:
+    script = """
+import asyncio, main
+
+async def run():
+    served = []
+
+    async def read(name):
+        async with main.readers.connect():
+            served.append(name)
+
+    held = [await main.readers.connect() for _ in range(2)]
+    waiting = [asyncio.create_task(read(name)) for name in "abc"]
+    await asyncio.sleep(0.1)
+    await held[0].close()
+    await read("late")
+    await asyncio.gather(*waiting)
+    await held[1].close()
+    print(*served)
+
+asyncio.run(run())
+"""
+    assert run_beside_main(script, tmp_path) == "a b c late\n"
+
+
+def test_a_statement_costs_one_trip_to_the_thread_of_its_connection(tmp_path: Path) -> None:
+    script = """
+import aiosqlite, asyncio, main
+
+async def run():
+    trips, usual = [], aiosqlite.Connection._execute
+
+    def count(*work):
+        trips.append(work)
+        return usual(*work)
+
+    async with main.readers.connect() as connection:
+        aiosqlite.Connection._execute = count
+        rows = await connection.exec_driver_sql("SELECT 1, 'one' UNION SELECT 2, 'two'")
+        print(len(trips), rows.all())
+        await connection.exec_driver_sql("CREATE TABLE t (a)")
+        many = await connection.exec_driver_sql("INSERT INTO t VALUES (?)", [(1,), (2,)])
+        print(len(trips), many.rowcount)
+
+asyncio.run(run())
+"""
+    assert run_beside_main(script, tmp_path) == "1 [(1, 'one'), (2, 'two')]\n3 2\n"
+
+
 # --- Logs -----------------------------------------------------------------------------------------
 
 
