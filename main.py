@@ -1078,7 +1078,8 @@ def deliver(to: str, subject: str, body: str) -> None:
 
 def deliver_or_log(*mail: str) -> None:
     try:
-        deliver(*mail) if settings.smtp_url else print("Mail to", *mail, sep="\n", flush=True)
+        text = "\n".join(("Mail to", *mail, ""))  # in one piece, between the lines of the log
+        deliver(*mail) if settings.smtp_url else print(text, end="", flush=True)
     except (OSError, ValueError) as error:  # their text may name the receiver
         log.error("mail not sent: %s", type(error).__name__)
 
