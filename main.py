@@ -276,13 +276,14 @@ log_writer = LogWriter()
 
 def log_request(scope: Scope, status: int, seconds: float) -> None:
     """Not through `logging`, which takes as long as the rest of a request that is remembered."""
+    client = scope.get("client") or ("",)
     line = {
         "request_id": scope["state"]["request_id"],
         "method": scope.get("method", "WEBSOCKET"),
         "path": quote(scope["path"][:200]),  # so that no line can look like two
         "status": status,
         "ms": round(seconds * 1000, 1),
-        "client": quote(scope["client"][0][:50], safe=":") if scope["client"] else "",
+        "client": quote(client[0][:50], safe=":"),
         "user_id": scope["state"].get("user_id"),
     }
     who = "user %(user_id)s" if line["user_id"] else "anonymous"
@@ -867,7 +868,7 @@ def limit(limiter: Limiter, key: str, scope: Scope) -> None:
 
 
 def limit_client(scope: Scope) -> None:
-    path, client = scope["state"]["path"], scope["client"] or [""]
+    path, client = scope["state"]["path"], scope.get("client") or ("",)
     if path.rstrip("\n") not in UNLIMITED and not path.startswith("/docs/"):
         limiter = auth_limits if path.startswith(STRICT) else limits
         limit(limiter, client_key(client[0]), scope)
@@ -1782,9 +1783,11 @@ class FrontDoor:
             waits = "more_body" in message or scope["type"] == "websocket"
             await (send_in_time(message, send, receive) if waits else send(message))
 
-        await (self.cors if b"origin" in asked else self.app)(scope, receive, send_named)
-        if log.isEnabledFor(logging.INFO):
-            log_request(scope, status, perf_counter() - started)
+        try:
+            await (self.cors if b"origin" in asked else self.app)(scope, receive, send_named)
+        finally:
+            if log.isEnabledFor(logging.INFO):
+                log_request(scope, status, perf_counter() - started)
 
 
 class Guard:
