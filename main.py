@@ -83,8 +83,6 @@ from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 API = "/api/v1"
-
-
 now = partial(datetime.now, UTC)  # the one clock: UTC, like all that is stored and sent
 
 
@@ -213,7 +211,6 @@ settings = read_settings()
 # A line for each request and each thing that happened, for people or, in production, for programs.
 # While we serve a thread writes them, many at once: a terminal that stands still stops nobody.
 
-
 log = logging.getLogger("nutshell")
 
 
@@ -228,16 +225,17 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)  # with its traceback
-            self.add(record.levelname, text, {"message": text})
+            message = self.format(record)  # with its traceback
+            self.add(record.levelname, "%(message)s", {"message": message})
         except Exception:
             self.handleError(record)
 
     def add(self, level: str, text: str, fields: dict[str, Any]) -> None:
         moment = now().isoformat(" ", "milliseconds")
-        line = f"{moment[:23]} {level:8} {text}"
         if settings.production:
             line = json.dumps({"time": moment, "level": level} | fields)
+        else:
+            line = f"{moment[:23]} {level:8} {text % fields}"
         self.lines.append(f"{line}\n")
         if self.thread is None:
             self.write()
@@ -276,19 +274,19 @@ log_writer = LogWriter()
 
 def log_request(scope: Scope, status: int, seconds: float) -> None:
     """Not through `logging`, which takes as long as the rest of a request that is remembered."""
-    client = scope.get("client") or ("",)
+    state = scope["state"]
     line = {
-        "request_id": scope["state"]["request_id"],
+        "request_id": state["request_id"],
         "method": scope.get("method", "WEBSOCKET"),
         "path": quote(scope["path"][:200]),  # so that no line can look like two
         "status": status,
         "ms": round(seconds * 1000, 1),
-        "client": quote(client[0][:50], safe=":"),
-        "user_id": scope["state"].get("user_id"),
+        "client": quote(state["client"][:50], safe=":"),
+        "user_id": state.get("user_id"),
     }
     who = "user %(user_id)s" if line["user_id"] else "anonymous"
     text = f"%(method)s %(path)s %(status)s %(ms)s ms %(client)s {who} %(request_id)s"
-    log_writer.add("INFO", text % line, line)
+    log_writer.add("INFO", text, line)
 
 
 def without_query(record: logging.LogRecord) -> bool:
@@ -822,7 +820,7 @@ class Limiter:
     def __init__(self, name: str, rate: str, times: int = 1) -> None:
         number, _, unit = rate.partition("/")
         self.quota, self.seconds = (int(number) * times, SECONDS[unit]) if unit else (0, 0)
-        self.name, self.policy = name, f'"{name}";q={self.quota};w={self.seconds}'
+        self.name, self.policy = name, f'"{name}";q={self.quota};w={self.seconds}'.encode()
         self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
         self.old: dict[str, tuple[int, float]] = {}
         self.turn = 0.0  # when the new ones become the old ones
@@ -861,17 +859,17 @@ def limit(limiter: Limiter, key: str, scope: Scope) -> None:
     left, wait = limiter.hit(key, perf_counter())
     told = scope["state"]["told"]
     if left < 0 or b"ratelimit" not in told:
-        told[b"ratelimit-policy"] = limiter.policy.encode()
-        told[b"ratelimit"] = b'"%b";r=%d;t=%d' % (limiter.name.encode(), max(left, 0), wait)
+        told[b"ratelimit-policy"] = limiter.policy
+        told[b"ratelimit"] = f'"{limiter.name}";r={max(left, 0)};t={wait}'.encode()
     if left < 0:
         raise Refusal("RATE_LIMITED", headers={"Retry-After": str(wait)})
 
 
 def limit_client(scope: Scope) -> None:
-    path, client = scope["state"]["path"], scope.get("client") or ("",)
+    path = scope["state"]["path"]
     if path.rstrip("\n") not in UNLIMITED and not path.startswith("/docs/"):
         limiter = auth_limits if path.startswith(STRICT) else limits
-        limit(limiter, client_key(client[0]), scope)
+        limit(limiter, client_key(scope["state"]["client"]), scope)
 
 
 # --- Cache ----------------------------------------------------------------------------------------
@@ -1404,9 +1402,10 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
         raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
     user = await hold_user(db, user_id, me)
     theirs = delete(Post).where(col(Post.author_id) == user_id)
-    gone = (await db.exec(theirs.returning(col(Post.id), col(Post.is_published)))).all()
+    theirs_named = theirs.returning(col(Post.id), col(Post.is_published))
+    gone = (await db.exec(theirs_named)).all()
     await db.refresh(user, with_for_update=True)  # from here on they write no more
-    gone = [*gone, *(await db.exec(theirs.returning(col(Post.id), col(Post.is_published)))).all()]
+    gone = [*gone, *(await db.exec(theirs_named)).all()]
     await db.delete(user)
     await db.commit()
     for number, post in enumerate(gone):
@@ -1769,6 +1768,7 @@ class FrontDoor:
         told = {b"x-content-type-options": b"nosniff", b"x-request-id": request_id.encode()}
         state = {"request_id": request_id, "asked": asked, "told": told}
         state["path"] = scope["path"].removeprefix(scope.get("root_path", ""))
+        state["client"] = (scope.get("client") or ("",))[0]
         scope.setdefault("state", {}).update(state)
         status = 403  # of a socket that is not accepted
 
