@@ -72,6 +72,7 @@ CODES = {
     500: {"INTERNAL_ERROR"},
     503: {"UNAVAILABLE"},
 }
+UVICORN = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "main:app"]
 SECRETS = {KEY, PASSWORD, ADMIN["password"]}  # grows by every token; searched for in the logs
 
 
@@ -134,6 +135,7 @@ class Service:
         folder: Path,
         database: str = "sqlite",
         command: list[str] | None = None,
+        stderr: Any = None,
         **settings: str,
     ) -> None:
         self.folder, self.database, self.port = folder, database, free_port()
@@ -154,6 +156,7 @@ class Service:
             usual["DATABASE_URL"] = new_postgres_database()
         self.settings = usual | settings
         own = [sys.executable, str(HERE / "main.py")]
+        self.stderr = stderr  # where the log goes, if not into the file
         self.command = [*command, "--port", str(self.port)] if command else own
         self.start()
 
@@ -161,7 +164,7 @@ class Service:
         with self.log.open("ab") as log:
             env = environment(self.settings)
             self.process = subprocess.Popen(
-                self.command, cwd=self.folder, env=env, stdout=log, stderr=log
+                self.command, cwd=self.folder, env=env, stdout=log, stderr=self.stderr or log
             )
         processes.append(self.process)
         self.client = httpx.Client(
@@ -241,11 +244,15 @@ def new_postgres_database() -> str:
     return f"{str(POSTGRES).rpartition('/')[0]}/{name}"
 
 
-def settings_class() -> Any:
+def main_module() -> Any:
     os.environ.setdefault("SECRET_KEY", KEY)
     import main
 
-    return main.Settings
+    return main
+
+
+def settings_class() -> Any:
+    return main_module().Settings
 
 
 class MailHandler(socketserver.StreamRequestHandler):
@@ -578,9 +585,8 @@ def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
 
 
 def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "main:app"]
     variables = os.environ | {"WORKERS": "none"}
-    ended = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    ended = subprocess.run(UVICORN, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (3, 1)
     assert ended.stderr.startswith("WORKERS='none': ")
 
@@ -666,7 +672,7 @@ def test_of_keys_made_at_once_the_first_wins(
 def test_four_processes_that_start_on_one_empty_database_all_serve(
     tmp_path: Path, database: str, turn: int
 ) -> None:
-    settings = {"SECRET_KEY": "unset", "FIRST_SUPERUSER_PASSWORD": "made only once"}
+    settings: Any = {"SECRET_KEY": "unset", "FIRST_SUPERUSER_PASSWORD": "made only once"}
     if database == "postgresql":
         if not POSTGRES:
             pytest.skip("TEST_DATABASE_URL is not set")
@@ -677,7 +683,7 @@ def test_four_processes_that_start_on_one_empty_database_all_serve(
     folders = [tmp_path / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir()
-    services = at_once(4, lambda number: Service(folders[number], "sqlite", None, **settings))
+    services = at_once(4, lambda number: Service(folders[number], **settings))
     admin = sign_in(
         services[0], ADMIN["username"], settings.get("FIRST_SUPERUSER_PASSWORD", ADMIN["password"])
     )
@@ -2259,13 +2265,12 @@ def test_bad_filters_are_422(service: Service, query: str) -> None:
     assert service.client.get(f"/posts?{query}").status_code == 422
 
 
-def statements(service: Service, path: str) -> list[str]:
-    """What the service asks its database for an anonymous GET."""
+def statements(service: Service, path: str, get: Any = None) -> list[str]:
+    """What the service asks its database for a GET, of a stranger if nobody else is named."""
     before = service.log_so_far()
-    unheard = (
-        f"{path}{'&' if '?' in path else '?'}n={next(numbers)}"  # so that it is not remembered
-    )
-    assert service.client.get(unheard).status_code == 200
+    joint = "&" if "?" in path else "?"
+    unheard = f"{path}{joint}n={next(numbers)}"  # so that it is not remembered
+    assert (get or service.client.get)(unheard).status_code == 200
     log = service.log_so_far().removeprefix(before)
     return re.findall(r"INFO +(SELECT .*?)\n\d{4}-\d\d-", log, re.DOTALL)
 
@@ -3011,19 +3016,12 @@ def run_beside_main(script: str, folder: Path) -> str:
     return done.stdout
 
 
-def limiter_class() -> Any:
-    settings_class()
-    import main
-
-    return main.Limiter
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
     """The model keeps every hit; a window opens at the first hit that no window covers."""
     chance = random.Random(seed)  # noqa: S311
     quota, seconds = chance.randint(1, 5), 60
-    limiter = limiter_class()("default", f"{quota}/minute")
+    limiter = main_module().Limiter("default", f"{quota}/minute")
     opened: dict[str, list[float]] = {}
     moment = 1_000.0
     for _ in range(5_000):
@@ -3444,9 +3442,7 @@ def test_no_identity_read_before_a_logout_is_kept_after_it(tmp_path: Path) -> No
 
 
 def test_the_memory_is_bounded_by_entries_and_by_bytes() -> None:
-    settings_class()
-    import main
-
+    main = main_module()
     memory = main.Memory("post")
     for number in range(10_000):
         memory.keep(number, b"", 1_000, memory.ticket)
@@ -3460,8 +3456,7 @@ def test_the_memory_is_bounded_by_entries_and_by_bytes() -> None:
 
 
 def test_behind_a_path_of_a_proxy_all_is_as_without(start: Callable[..., Service]) -> None:
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "main:app"]
-    service = start(command=[*command, "--root-path", "/app"], AUTH_RATE_LIMIT="1/hour")
+    service = start(command=[*UVICORN, "--root-path", "/app"], AUTH_RATE_LIMIT="1/hour")
     assert service.client.get("/posts").headers["x-cache"] == "miss"
     assert service.client.get("/posts").headers["x-cache"] == "hit"
     assert register(service).headers["ratelimit"] == '"auth";r=0;t=3600'
@@ -3486,17 +3481,8 @@ def test_nothing_is_remembered_where_others_may_write(
 ) -> None:
     """Each of several processes answers what is true now, whichever of them wrote it."""
     name, _, value = reason.partition("=")
-    command = [
-        sys.executable,
-        "-m",
-        "uvicorn",
-        "main:app",
-        "--app-dir",
-        str(HERE),
-        "--workers",
-        "2",
-    ]
-    service = start(**{name: value}) if value else start(command=command)
+    workers = [*UVICORN, "--workers", "2"]
+    service = start(**{name: value}) if value else start(command=workers)
     author = sign_up(service)
     post = publish(author)["id"]
     anew = {"Connection": "close"}  # the next connection may meet the other process
@@ -3519,16 +3505,12 @@ def test_nothing_is_remembered_where_others_may_write(
 
 def test_a_signed_in_request_asks_the_database_once_or_never(service: Service) -> None:
     person = sign_up(service)
-
-    def asked(path: str) -> int:
-        before = service.log_so_far()
-        assert person.api.get(path).status_code == 200
-        return len(re.findall("SELECT ", service.log_so_far().removeprefix(before)))
-
     person.api.get("/users/me")
-    assert asked("/users/me") == (0 if service.database == "sqlite" else 1)
+    remembers = service.database == "sqlite"
+    asked = partial(statements, service, get=person.api.get)
+    assert len(asked("/users/me")) == (0 if remembers else 1)
     post = publish(person)["id"]
-    assert asked(f"/posts/{post}") == (1 if service.database == "sqlite" else 2)
+    assert len(asked(f"/posts/{post}")) == (1 if remembers else 2)
 
 
 def test_a_token_that_is_remembered_ends_all_the_same(service: Service) -> None:
@@ -3919,57 +3901,31 @@ def test_no_line_is_lost_at_a_stop_and_none_is_written_below_the_level(
     assert "GET" not in quiet.log.read_text()
 
 
-def reaches(port: int) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
-    return False
-
-
-def test_a_log_that_nobody_reads_stops_nobody(tmp_path: Path) -> None:
+def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> None:
     """A pipe holds 64 KiB, about 600 lines."""
-    port = free_port()
-    settings = {"PORT": str(port), "SECRET_KEY": KEY, "RATE_LIMIT": "off"}
-    with subprocess.Popen(
-        [sys.executable, str(HERE / "main.py")],
-        cwd=tmp_path,
-        env=environment(settings),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as process:
-        processes.append(process)
-        assert process.stderr
-        eventually(lambda: reaches(port), 20)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        for _ in range(600):
-            connection.request("GET", "/" + "%ff" * 20_000)
-            answer = connection.getresponse()
-            assert (answer.read(10), answer.status) == (b'{"detail":', 404)
-            answer.read()
-        connection.close()
-        memory = Path(f"/proc/{process.pid}/statm")
-        if memory.exists():  # each of these paths takes 180 KB when it is quoted
-            assert int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") < 150e6
-        process.terminate()
-        assert process.wait(7) in (0, -signal.SIGTERM)
+    service = start(stderr=subprocess.PIPE)
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
+    for _ in range(600):
+        connection.request("GET", "/" + "%ff" * 20_000)
+        answer = connection.getresponse()
+        assert (answer.read(10), answer.status) == (b'{"detail":', 404)
+        answer.read()
+    connection.close()
+    memory = Path(f"/proc/{service.process.pid}/statm")
+    if memory.exists():  # each of these paths takes 180 KB when it is quoted
+        assert int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") < 150e6
+    service.process.terminate()
+    assert service.process.wait(7) in (0, -signal.SIGTERM)
+    service.process.stderr.close()  # type: ignore[union-attr]
 
 
-def test_a_full_disk_stops_nobody(tmp_path: Path) -> None:
+def test_a_full_disk_stops_nobody(start: Callable[..., Service]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
-    port = free_port()
-    settings = {"PORT": str(port), "SECRET_KEY": KEY}
     with Path("/dev/full").open("wb") as full:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "main.py")],
-            cwd=tmp_path,
-            env=environment(settings),
-            stdout=subprocess.DEVNULL,
-            stderr=full,
-        )
-    processes.append(process)
-    eventually(lambda: reaches(port), 20)
-    process.terminate()
-    assert process.wait(7) in (0, -signal.SIGTERM)
+        service = start(stderr=full)
+    service.process.terminate()
+    assert service.process.wait(7) in (0, -signal.SIGTERM)
 
 
 def test_lines_that_wait_are_bounded(tmp_path: Path) -> None:
