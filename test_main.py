@@ -3809,7 +3809,10 @@ def test_nothing_secret_and_no_email_is_in_the_log(service: Service) -> None:
     """The shared server ran at LOG_LEVEL=debug through all the tests above."""
     person = sign_up(service)
     person.api.get("/users?page=1&note=hunter3")
+    broken = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert service.client.post("/auth/login", content=b"--xhunter5", headers=broken).is_client_error
     log = service.log_so_far()
+    assert "oundary" not in log  # what python_multipart says of it
     assert "SELECT" in log
     assert "INSERT" in log
     for secret in SECRETS | {person.email, "@example.com", "$2b$", "Bearer ey", "hunter3"}:
@@ -3919,13 +3922,20 @@ def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> 
     service.process.stderr.close()  # type: ignore[union-attr]
 
 
-def test_a_full_disk_stops_nobody(start: Callable[..., Service]) -> None:
+def test_a_full_disk_stops_nobody(start: Callable[..., Service], tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
     with Path("/dev/full").open("wb") as full:
         service = start(stderr=full)
     service.process.terminate()
     assert service.process.wait(7) in (0, -signal.SIGTERM)
+    script = """
+import main, os
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+main.log_writer.add("INFO", "lost", {})  # else the thread that writes would end here
+print("alive")
+"""
+    assert run_beside_main(script, tmp_path) == "alive\n"
 
 
 def test_lines_that_wait_are_bounded(tmp_path: Path) -> None:
