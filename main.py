@@ -8,6 +8,7 @@ Read it from top to bottom: nothing is used above the line that defines it.
     Tables        what is stored, what comes in, what goes out
     Database      many readers, one writer
     Security      passwords, the signing key, tokens
+    Redis         what several processes share
     Rate limiter  so many requests in a window of time
     Cache         what was read is remembered until the next write
     Live events   a log that listeners follow
@@ -40,6 +41,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
+from importlib import import_module
 from importlib.util import find_spec
 from ipaddress import IPv6Address, ip_address
 from math import ceil
@@ -109,6 +111,30 @@ def uncommon(password: str) -> str:
     return password
 
 
+def usable(client_of: Callable[[str], Any], url: str) -> str:
+    try:
+        client_of(url)  # does not connect yet
+    except ModuleNotFoundError as error:
+        raise ValueError(f"needs a package: pip install {error.name}") from None
+    except Exception:  # its text may hold the password
+        raise ValueError("must be a URL, its password percent-encoded") from None
+    return url
+
+
+def known_database(url: str) -> str:
+    if ":memory:" in url or "mode=memory" in url:
+        raise ValueError("every connection would have a :memory: of its own; name a file")
+    if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", url):
+        raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
+    return usable(create_async_engine, url)
+
+
+def redis_client(url: str) -> Any:
+    """The package has to be there only for those who use it. Its own timeouts cost a lot."""
+    redis: Any = import_module("redis")
+    return redis.asyncio.from_url(url, decode_responses=True, socket_timeout=None)
+
+
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
@@ -116,6 +142,9 @@ Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
 Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
+RedisRules = StringConstraints(pattern=r"^(rediss?|unix)://")
+DatabaseUrl = Annotated[str, AfterValidator(known_database)]
+RedisUrl = Annotated[str, RedisRules, AfterValidator(partial(usable, redis_client))]
 SmtpUrl = Annotated[str, StringConstraints(pattern=rf"^smtps?://([^@/\s]*@)?{MailHost}/?$")]
 
 
@@ -129,7 +158,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65_535)
     workers: int = Field(default=1, ge=1, le=256)
     forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
-    database_url: str = "sqlite+aiosqlite:///./app.db"
+    database_url: DatabaseUrl = "sqlite+aiosqlite:///./app.db"
     secret_key: Annotated[bytes, Field(min_length=32)] | None = None
     access_token_expire_minutes: int = Field(default=30, ge=1, le=525_600)
     refresh_token_expire_days: int = Field(default=7, ge=1, le=3_650)
@@ -141,6 +170,7 @@ class Settings(BaseSettings):
     rate_limit: Rate = "600/minute"
     auth_rate_limit: Rate = "30/minute"
     cache_seconds: int = Field(default=60, ge=0, le=86_400)
+    redis_url: RedisUrl | None = None
     smtp_url: SmtpUrl | None = None
     mail_from: Email | None = None
     admin_email: Email | None = None
@@ -150,21 +180,6 @@ class Settings(BaseSettings):
     @classmethod
     def comma_list(cls, value: str) -> list[str]:
         return [part.strip() for part in value.split(",") if part.strip()]
-
-    @field_validator("database_url")
-    @classmethod
-    def known_database(cls, value: str) -> str:
-        if ":memory:" in value or "mode=memory" in value:
-            raise ValueError("every connection would have a :memory: of its own; name a file")
-        if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", value):
-            raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
-        try:
-            create_async_engine(value)  # does not connect yet
-        except ModuleNotFoundError as error:
-            raise ValueError(f"needs a package: pip install {error.name}") from None
-        except Exception:  # its text may hold the password
-            raise ValueError("must be a URL, its password percent-encoded") from None
-        return value
 
     @model_validator(mode="after")
     def fit_together(self) -> "Settings":
@@ -679,12 +694,14 @@ class FirstComeFirstServed(AsyncAdaptedQueue[Any]):
 
 aiosqlite.AsyncAdapt_aiosqlite_connection._cursor_cls = OneTrip
 AsyncAdaptedQueuePool._queue_class = FirstComeFirstServed
-options: dict[str, Any] = {"max_overflow": 0, "pool_timeout": 5, "hide_parameters": True}
+options: dict[str, Any] = {"pool_timeout": 5, "hide_parameters": True}
 if settings.sqlite_file is None:
     options |= {"connect_args": {"timeout": 5, "command_timeout": 5}, "pool_pre_ping": True}
+    options |= {"pool_size": 5, "max_overflow": 10}
     readers = writer = create_async_engine(settings.database_url, **options)
 else:
     options |= {"isolation_level": "AUTOCOMMIT"}  # no transaction but the one that on_begin begins
+    options |= {"max_overflow": 0}
     writer = create_async_engine(settings.database_url, pool_size=1, **options)
     options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves round trips
     readers = create_async_engine(settings.database_url, pool_size=2, **options)
@@ -803,6 +820,90 @@ def read_token(token: str, kind: str) -> Claims:
     raise Refusal("INVALID_TOKEN")
 
 
+# --- Redis ----------------------------------------------------------------------------------------
+# What processes share where REDIS_URL is set: counts of requests and logs of events. While Redis
+# does not answer, each process goes on by itself, and no request waits longer than one trip.
+
+TRIP_SECONDS = 0.08
+COUNT = """
+    local count = redis.call('INCR', KEYS[1])
+    if count == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
+    return {count, redis.call('PTTL', KEYS[1])}"""
+
+
+class Redis:
+    """Carries texts; what they mean is known below."""
+
+    def __init__(self) -> None:
+        self.up: bool | None = None  # None: nobody has tried
+        self.readers: dict[str, Callable[[list[str]], None]] = {}  # by the name of their log
+        self.places: dict[str, str] = {}
+        self.commands: list[tuple[Any, ...]] = []
+        self.trip: asyncio.Task[list[Any]] | None = None
+        self.road = asyncio.Lock()
+        if settings.redis_url:
+            self.hearing = redis_client(settings.redis_url)
+            self.asking = self.hearing.connection_pool.make_connection()
+
+    @asynccontextmanager
+    async def within(self, seconds: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except Exception as error:  # whatever it is, no request fails for it
+            self.note(False, f"fails: {type(error).__name__}")
+
+    def note(self, up: bool, what: str) -> None:
+        if up != self.up:
+            self.up = up
+            whose = "all processes" if up else "each process"
+            log.warning("Redis %s. Limits and events are those of %s", what, whose)
+
+    async def ask(self, *command: Any) -> Any:
+        """The answer, or None. Who comes while a trip is under way shares the next one."""
+        self.trip = self.trip or asyncio.create_task(self.travel())
+        self.commands.append(command)
+        place = len(self.commands) - 1
+        answers = await asyncio.shield(self.trip)
+        return answers[place] if answers else None
+
+    async def travel(self) -> list[Any]:
+        async with self.road, self.within(TRIP_SECONDS):
+            commands, self.commands, self.trip = self.commands, [], None
+            if self.up:
+                await self.asking.send_packed_command(self.asking.pack_commands(commands))
+                return [await self.asking.read_response() for _ in commands]
+        return []
+
+    async def meet(self) -> None:
+        """Can it count, and where do its logs end? What stands there is read at the start alone."""
+        await self.hearing.eval(COUNT, 1, "nutshell:up", 1)
+        async with self.road:  # a new one: on the last one old answers may still come
+            await self.asking.disconnect(nowait=True)
+            await self.asking.connect()
+        for name in self.readers.keys() - self.places.keys():
+            old = await self.hearing.xrange(name)
+            self.places[name] = old[-1][0] if old else "0-0"
+            if self.up is None:
+                self.readers[name]([entry["text"] for _, entry in old])
+        self.note(True, "answers")
+
+    async def follow(self) -> None:
+        """For as long as we serve: hands on what is written to the logs, by whom ever."""
+        while True:
+            async with self.within(2):
+                if not self.up:
+                    await self.meet()
+                for name, new in await self.hearing.xread(self.places, count=100, block=1_000):
+                    self.places[name] = new[-1][0]
+                    self.readers[name]([entry["text"] for _, entry in new])
+            if not self.up:
+                await asyncio.sleep(0.5)
+
+
+redis = Redis()
+
+
 # --- Rate limiter ---------------------------------------------------------------------------------
 # Each client has so many requests in a window of time, which opens at the first of them. So at the
 # edge of two windows twice as many may pass: that is the price of a count that needs no history.
@@ -825,8 +926,14 @@ class Limiter:
         self.old: dict[str, tuple[int, float]] = {}
         self.turn = 0.0  # when the new ones become the old ones
 
-    def hit(self, key: str, moment: float) -> tuple[int, int]:
+    async def hit(self, key: str) -> tuple[int, int]:
         """Counts one more. How many are left, and the seconds until the window ends."""
+        name = f"nutshell:{self.name}:{key}"
+        if redis.up and (found := await redis.ask("EVAL", COUNT, 1, name, self.seconds * 1_000)):
+            return self.quota - found[0], max(1, ceil(found[1] / 1_000))
+        return self.hit_here(key, perf_counter())
+
+    def hit_here(self, key: str, moment: float) -> tuple[int, int]:
         if moment >= self.turn or len(self.new) >= MAX_WINDOWS:
             self.old, self.new, self.turn = self.new, {}, moment + self.seconds
         count, end = self.new.get(key) or self.old.get(key) or (0, moment)
@@ -852,11 +959,11 @@ def client_key(address: str) -> str:
     return "unknown"
 
 
-def limit(limiter: Limiter, key: str, scope: Scope) -> None:
+async def limit(limiter: Limiter, key: str, scope: Scope) -> None:
     """Counts a request and tells the client where it stands, or refuses it."""
     if limiter.quota == 0:
         return
-    left, wait = limiter.hit(key, perf_counter())
+    left, wait = await limiter.hit(key)
     told = scope["state"]["told"]
     if left < 0 or b"ratelimit" not in told:
         told[b"ratelimit-policy"] = limiter.policy
@@ -865,11 +972,11 @@ def limit(limiter: Limiter, key: str, scope: Scope) -> None:
         raise Refusal("RATE_LIMITED", headers={"Retry-After": str(wait)})
 
 
-def limit_client(scope: Scope) -> None:
+async def limit_client(scope: Scope) -> None:
     path = scope["state"]["path"]
     if path.rstrip("\n") not in UNLIMITED and not path.startswith("/docs/"):
         limiter = auth_limits if path.startswith(STRICT) else limits
-        limit(limiter, client_key(scope["state"]["client"]), scope)
+        await limit(limiter, client_key(scope["state"]["client"]), scope)
 
 
 # --- Cache ----------------------------------------------------------------------------------------
@@ -880,7 +987,7 @@ MAX_KEPT = 2_000
 MAX_KEPT_BYTES = 16 * 1024 * 1024
 WRITE = re.compile(r'(?:INSERT INTO|UPDATE|DELETE FROM) "?(\w+)')
 alone = settings.sqlite_file is not None and settings.workers == 1 and parent_process() is None
-remembers = alone and settings.cache_seconds > 0
+remembers = alone and settings.redis_url is None and settings.cache_seconds > 0
 
 
 class Memory:
@@ -982,6 +1089,7 @@ class Answers:
 
 PATIENCE_SECONDS = 10.0  # for a client that does not speak or read; and between signs of life
 MAX_LISTENERS = 1_000
+MAX_EVENTS = 1_001  # who heard the first of them misses a thousand
 
 
 class Event(NamedTuple):
@@ -992,18 +1100,31 @@ class Event(NamedTuple):
 
 
 class Hub:
-    def __init__(self) -> None:
-        self.run = secrets.token_hex(4)
-        self.log: deque[Event] = deque(maxlen=1_000)
-        self.count = 0  # of all events so far, and so the place behind the newest
+    def __init__(self, name: str) -> None:
+        self.name, self.run, self.told = f"nutshell:{name}", secrets.token_hex(4), 0
+        self.log = deque([Event(f"{self.run}-0", "start", 0, "")], maxlen=MAX_EVENTS)
+        self.count = 1  # of all that were ever in the log, and so the place behind the newest
         self.news = asyncio.Event()
         self.seats = CapacityLimiter(MAX_LISTENERS)
         self.closed = False
+        redis.readers[self.name] = self.hear
 
-    def add(self, kind: str, post_id: int, data: Any) -> None:
+    async def tell(self, kind: str, post_id: int, data: Any) -> None:
+        """Tells the listeners of all processes, or, while Redis does not answer, our own."""
+        self.told += 1
+        new = Event(f"{self.run}-{self.told}", kind, post_id, to_json(data).decode())
+        entry = "XADD", self.name, "MAXLEN", MAX_EVENTS, "*", "text", to_json(new)
+        if not (redis.up and await redis.ask(*entry)):
+            self.add(new)
+
+    def hear(self, texts: list[str]) -> None:
+        for new in (Event(*json.loads(text)) for text in texts):
+            if new not in self.log:  # else Redis took it, but too late for us to know
+                self.add(new)
+
+    def add(self, event: Event) -> None:
+        self.log.append(event)
         self.count += 1
-        event_id = f"{self.run}-{self.count}"
-        self.log.append(Event(event_id, kind, post_id, to_json(data).decode()))
         self.wake()
 
     def wake(self) -> None:
@@ -1016,10 +1137,9 @@ class Hub:
         self.wake()
 
     def place_after(self, event_id: str) -> int | None:
-        """None for an event of another run, and for one that is no longer in the log."""
-        run, _, number = event_id.partition("-")
-        place = int(number) if run == self.run and re.fullmatch("[0-9]{1,15}", number) else -1
-        return place if self.count - len(self.log) <= place <= self.count else None
+        """None for an event that is not, or no longer, in the log."""
+        ids = [event.id for event in self.log]
+        return self.count - ids[::-1].index(event_id) if event_id in ids else None
 
     async def follow(self, place: int, post_id: int | None = None) -> AsyncIterator[list[Event]]:
         """Events as they come, every ten seconds none; it ends for who fell out of the log."""
@@ -1043,14 +1163,14 @@ class Hub:
         return self.seats
 
 
-events, chat = Hub(), Hub()  # what happens to posts, and what people say in their rooms
+events, chat = Hub("events"), Hub("chat")  # what happens to posts, and what is said in rooms
 
 
-def announce(kind: str, post: Any, data: Any = None) -> None:
+async def announce(kind: str, post: Any, data: Any = None) -> None:
     """Call it after the commit. What happens to a draft is no news."""
     if post.is_published:
         data = data or PostRead.model_validate(post).model_dump(exclude={"content"})
-        events.add(kind, post.id, data)
+        await events.tell(kind, post.id, data)
 
 
 # --- Mail -----------------------------------------------------------------------------------------
@@ -1258,7 +1378,7 @@ async def login(request: Request, form: LoginForm, db: WriteDB, response: Respon
     email = ""
     with suppress(ValueError):
         email = plain_email(form.username)
-    limit(email_limits, hashlib.sha256(email.encode()).hexdigest(), request.scope)
+    await limit(email_limits, hashlib.sha256(email.encode()).hexdigest(), request.scope)
     async with reading() as reader:  # and gives the connection back: hashing takes a while
         known = (await reader.exec(select(User).where(User.email == email))).first()
     if not await password_fits(form.password, known) or known is None or not known.is_active:
@@ -1409,7 +1529,7 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     await db.delete(user)
     await db.commit()
     for number, post in enumerate(gone):
-        announce("post.deleted", post, {"id": post.id})
+        await announce("post.deleted", post, {"id": post.id})
         if number % 100 == 99:
             await asyncio.sleep(0)  # so that listeners read before these fall out of the log
 
@@ -1426,8 +1546,8 @@ async def list_own_posts(asked: AskedPage, me: CurrentUser, db: ReadDB) -> Page[
 posts = APIRouter(tags=["posts"])
 
 
-def tell_of_publication(post: Post) -> None:
-    announce("post.published", post)
+async def tell_of_publication(post: Post) -> None:
+    await announce("post.published", post)
     if settings.admin_email:
         what = f'{post.author.full_name} published "{post.title}": {API}/posts/{post.id}\n'
         send_mail(settings.admin_email, "A post was published", what)
@@ -1468,7 +1588,7 @@ async def create_post(body: PostCreate, me: CurrentUser, db: WriteDB, response: 
     await db.commit()
     set_committed_value(post, "author", me)  # asking for it would cost a round trip
     if post.is_published:
-        tell_of_publication(post)
+        await tell_of_publication(post)
     response.headers["Location"] = f"{API}/posts/{post.id}"
     return post
 
@@ -1488,7 +1608,7 @@ async def update_post(post: OwnPost, body: PostUpdate, db: WriteDB) -> Post:
     values = body.model_dump(exclude_unset=True, exclude={"version"})
     post.sqlmodel_update(values | {"updated_at": now()})
     await db.commit()
-    announce("post.updated", post)
+    await announce("post.updated", post)
     return post
 
 
@@ -1497,7 +1617,7 @@ async def delete_post(post: OwnPost, db: WriteDB) -> None:
     """Delete a post and its comments."""
     await db.delete(post)
     await db.commit()
-    announce("post.deleted", post, {"id": post.id})
+    await announce("post.deleted", post, {"id": post.id})
 
 
 @posts.post("/{post_id}/publish", response_model=PostRead)
@@ -1508,7 +1628,7 @@ async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
     if not post.is_published:
         post.is_published = True
         await db.commit()
-        tell_of_publication(post)
+        await tell_of_publication(post)
     return post
 
 
@@ -1531,7 +1651,7 @@ async def add_comment(post: HeldPost, body: CommentCreate, me: CurrentUser, db: 
     db.add(comment)
     await db.commit()
     set_committed_value(comment, "author", me)
-    announce("comment.created", post, CommentRead.model_validate(comment))
+    await announce("comment.created", post, CommentRead.model_validate(comment))
     return comment
 
 
@@ -1548,7 +1668,7 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
     if gone.rowcount == 0:  # somebody was faster
         raise Refusal("NOT_FOUND")
     await db.commit()
-    announce("comment.deleted", post, {"id": comment_id, "post_id": post.id})
+    await announce("comment.deleted", post, {"id": comment_id, "post_id": post.id})
 
 
 # --- Routes: live ---------------------------------------------------------------------------------
@@ -1579,7 +1699,7 @@ async def stream_events(
     place = events.place_after(last) if last else events.count
     if place is None:
         place = events.count
-        yield f"id: {events.run}-{place}\nevent: reset\ndata: {{}}\n\n"
+        yield f"id: {events.log[-1].id}\nevent: reset\ndata: {{}}\n\n"
     async for found in events.follow(place, post_id):
         lines = (f"id: {e.id}\nevent: {e.kind}\ndata: {e.data}\n\n" for e in found)
         yield "".join(lines) or ": ping\n\n"
@@ -1628,7 +1748,7 @@ class Visit:
                 raise Refusal("BAD_REQUEST")
             said.append(perf_counter())
             message = {"type": "message", "from": self.me, "text": words.text}
-            chat.add("message", self.post_id, message)
+            await chat.tell("message", self.post_id, message)
 
     async def hear(self, hub: Hub) -> None:
         async for found in hub.follow(self.places[hub], self.post_id):
@@ -1652,7 +1772,7 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
     await socket.accept()
     guest = Visit(socket, post_id)
     try:
-        limit_client(socket.scope)
+        await limit_client(socket.scope)
         async with events.seat():
             await guest.enter()
             async with asyncio.TaskGroup() as works:
@@ -1810,7 +1930,7 @@ class Guard:
             return message
 
         try:
-            limit_client(scope)
+            await limit_client(scope)
             if int(scope["state"]["asked"].get(b"content-length", 0)) > MAX_BODY_BYTES:
                 raise Refusal("BODY_TOO_LARGE")
             await self.app(scope, receive_some, send)
@@ -1876,11 +1996,17 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
+    if settings.redis_url:
+        async with redis.within(1):
+            await redis.meet()
+        following = asyncio.create_task(redis.follow())
     with log_writer.in_thread():
         yield
     with move_on_after(1):  # for the mails under way to leave
         for mail in mails_under_way():
             await to_thread.run_sync(mail.join, 1.0, abandon_on_cancel=True)
+    if settings.redis_url:
+        following.cancel()
     await readers.dispose()
     await writer.dispose()
 
@@ -1916,6 +2042,8 @@ if not settings.production:
 
 if __name__ == "__main__":
     set_up_logging()
+    if settings.workers > 1 and settings.redis_url is None:
+        log.warning("Without REDIS_URL limits, events and rooms are those of each process")
     if settings.workers > 1:
         asyncio.run(rehearse())
     proxies = [str(network) for network in settings.forwarded_allow_ips]

@@ -6,6 +6,7 @@ of their own. Tests that need other settings, or break something, start servers 
     python -m pytest              the rounds that fit into a minute
     FULL=1 python -m pytest       all rounds
     TEST_DATABASE_URL=postgresql+asyncpg://… python -m pytest      on PostgreSQL as well
+    TEST_REDIS_URL=redis://… python -m pytest                      and with Redis, which is emptied
 """
 
 import ast
@@ -16,9 +17,11 @@ import hashlib
 import hmac
 import http.client
 import json
+import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -38,7 +41,7 @@ from email.message import EmailMessage
 from email.parser import BytesParser
 from email.policy import default as email_policy
 from functools import partial, partialmethod
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -53,8 +56,10 @@ from websockets.sync.client import ClientConnection, connect
 HERE = Path(__file__).parent
 FULL = os.environ.get("FULL") == "1"
 POSTGRES = os.environ.get("TEST_DATABASE_URL")
+REDIS = os.environ.get("TEST_REDIS_URL")
 KEY = "the signing key of the tests, long enough"
 PASSWORD = "correct horse battery"
+A_POST = {"title": "A title", "content": "A text"}
 ADMIN = {"username": "admin@example.com", "password": "the admin's own password"}
 BOSS = "boss@example.com"  # who is told of published posts
 NEVER = 2**31 - 1  # an id that nobody has
@@ -72,6 +77,7 @@ CODES = {
     500: {"INTERNAL_ERROR"},
     503: {"UNAVAILABLE"},
 }
+MAIN = [sys.executable, str(HERE / "main.py")]
 UVICORN = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "main:app"]
 SECRETS = {KEY, PASSWORD, ADMIN["password"]}  # grows by every token; searched for in the logs
 
@@ -115,7 +121,7 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
     return inherited | {name: value for name, value in settings.items() if value != "unset"}
 
 
-processes: list[subprocess.Popen[bytes]] = []
+processes: list[Any] = []
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -125,6 +131,61 @@ def _nothing_stays_behind() -> Iterator[None]:
     for process in processes:
         process.kill()
         process.wait()
+
+
+AS_MAIN = """
+import multiprocessing.process, os, runpy, sys
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(settings)
+kept = os.open(log, os.O_WRONLY | os.O_APPEND)
+os.dup2(kept, 1)
+os.dup2(kept, 2)
+sys.argv = [main]
+multiprocessing.process._parent_process = None
+runpy.run_path(main, run_name="__main__")
+"""
+LIBRARIES = """aiosqlite asyncpg bcrypt email_validator fastapi.middleware.cors
+    fastapi.openapi.docs fastapi.staticfiles httptools jose.jwt multiprocessing.spawn
+    pydantic_settings python_multipart redis.asyncio smtplib sqlalchemy.dialects.postgresql.asyncpg
+    sqlalchemy.dialects.sqlite.aiosqlite sqlalchemy.ext.asyncio sqlmodel.ext.asyncio.session
+    uvicorn.protocols.http.httptools_impl uvicorn.protocols.websockets.websockets_sansio_impl
+    uvloop"""
+
+
+class Forked:
+    """`python main.py`, forked from a process that has imported the libraries once for all tests:
+    they take three quarters of a start. To its users it looks as a Popen does."""
+
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+
+    def __init__(self, folder: Path, settings: dict[str, str], log: Path) -> None:
+        names = {"folder": str(folder), "settings": settings, "log": str(log)}
+        names["main"] = str(HERE / "main.py")
+        self.process = self.context.Process(target=exec, args=(AS_MAIN, names))
+        self.process.start()
+        self.pid = self.process.pid or 0
+        self.kill = self.process.kill
+
+    def poll(self) -> int | None:
+        code: int | None = self.process.exitcode
+        return code
+
+    def wait(self, seconds: float | None = None) -> int:
+        self.process.join(seconds)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("main.py", seconds or 0)
+        return code
+
+    def send_signal(self, how: signal.Signals) -> None:
+        os.kill(self.pid, how)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+if sys.platform == "linux":
+    Forked.context.set_forkserver_preload(LIBRARIES.split())
 
 
 class Service:
@@ -155,16 +216,20 @@ class Service:
         if database == "postgresql":
             usual["DATABASE_URL"] = new_postgres_database()
         self.settings = usual | settings
-        own = [sys.executable, str(HERE / "main.py")]
         self.stderr = stderr  # where the log goes, if not into the file
-        self.command = [*command, "--port", str(self.port)] if command else own
+        self.command = [*command, "--port", str(self.port)] if command else []
+        if command == MAIN or stderr or "WORKERS" in settings:
+            self.command = MAIN
         self.start()
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            env = environment(self.settings)
-            self.process = subprocess.Popen(
-                self.command, cwd=self.folder, env=env, stdout=log, stderr=self.stderr or log
+            env, folder = environment(self.settings), self.folder
+            errors = self.stderr or log
+            self.process: Any = (
+                subprocess.Popen(self.command, cwd=folder, env=env, stdout=log, stderr=errors)
+                if self.command
+                else Forked(folder, env, self.log)
             )
         processes.append(self.process)
         self.client = httpx.Client(
@@ -184,7 +249,8 @@ class Service:
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         self.client.close()
         self.process.send_signal(how)
-        return self.process.wait(15)
+        code: int = self.process.wait(15)
+        return code
 
     def log_so_far(self) -> str:
         """The whole log: a thread writes it, so we wait for the line of a request of our own."""
@@ -236,6 +302,21 @@ async def on_postgres(url: str, statement: str) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in await connection.fetch(statement)]
     finally:
         await connection.close()
+
+
+redis_numbers = count()
+
+
+def new_redis() -> str:
+    """A database of its own, of the sixteen that a Redis has; tests use a few at a time."""
+    if not REDIS:
+        pytest.skip("TEST_REDIS_URL is not set")
+    import redis
+
+    url = f"{REDIS.rstrip('/')}/{next(redis_numbers) % 16}"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
 
 
 def new_postgres_database() -> str:
@@ -308,12 +389,19 @@ def service(
     running = Service(
         folder,
         request.param,
+        REDIS_URL=new_redis() if REDIS and request.param == "postgresql" else "unset",
         SMTP_URL=f"smtp://127.0.0.1:{mail_server.port}",
         LOG_LEVEL="debug",
         ADMIN_EMAIL=BOSS,
     )
     yield running
     running.stop()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def kept_in(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Where counts and events are kept: the settings for it."""
+    return {"REDIS_URL": new_redis()} if request.param == "redis" else {}
 
 
 @pytest.fixture
@@ -392,7 +480,7 @@ def sign_in_admin(service: Service) -> Account:
 
 def write(person: Account, **fields: Any) -> dict[str, Any]:
     """A draft, if nothing else is said."""
-    response = person.api.post("/posts", json={"title": "A title", "content": "A text"} | fields)
+    response = person.api.post("/posts", json=A_POST | fields)
     assert response.status_code == 201, response.text
     return dict(response.json())
 
@@ -469,6 +557,15 @@ def run_main(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_beside_main(script: str, folder: Path, *arguments: str, **settings: str) -> str:
+    """What a script prints that imports main, with a database of its own."""
+    env = environment({"SECRET_KEY": KEY} | settings) | {"PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 PRODUCTION = {"ENVIRONMENT": "production", "SECRET_KEY": KEY}
 WRONG_SETTINGS = [
     ({"ENVIRONMENT": "staging"}, "ENVIRONMENT='staging': "),
@@ -512,6 +609,8 @@ WRONG_SETTINGS = [
         {"FIRST_SUPERUSER_EMAIL": "a@b.co", "FIRST_SUPERUSER_PASSWORD": "hunter2"},
         "FIRST_SUPERUSER_PASSWORD: String should have at least 8 characters",
     ),
+    ({"REDIS_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
+    ({"REDIS_URL": "redis://u:hunter2@localhost:abc"}, "must be a URL, its password percent"),
     ({"SMTP_URL": "hunter2@localhost"}, ": String should match pattern"),
     ({"HOST": "nowhere.example"}, "HOST='nowhere.example': "),
     ({"SMTP_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
@@ -548,17 +647,30 @@ def test_a_wrong_setting_ends_the_start_with_one_clear_line(
     assert "hunter2" not in printed
 
 
-def test_postgresql_without_its_driver_ends_the_start_with_one_clear_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("package", "name", "url"),
+    [
+        ("asyncpg", "DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x"),
+        ("redis", "REDIS_URL", "redis://u:hunter2@localhost"),
+    ],
+)
+def test_a_package_that_is_missing_ends_the_start_with_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    package: str,
+    name: str,
+    url: str,
 ) -> None:
     import main
 
-    monkeypatch.setitem(sys.modules, "asyncpg", None)
-    monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x")
+    for module in [module for module in sys.modules if f"{module}.".startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv(name, url)
     with pytest.raises(SystemExit):
         main.read_settings()
-    line = "DATABASE_URL='postgresql+asyncpg://…': needs a package: "
-    assert capsys.readouterr().err == f"{line}pip install asyncpg\n"
+    line = f"{name}='{url.partition('u:')[0]}…': needs a package: pip install {package}\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(
@@ -633,7 +745,8 @@ def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(
     start: Callable[..., Service],
 ) -> None:
     empty = {"FIRST_SUPERUSER_EMAIL": "", "FIRST_SUPERUSER_PASSWORD": "", "SMTP_URL": ""}
-    service = start(SECRET_KEY="unset", DATABASE_URL="unset", BCRYPT_ROUNDS="unset", **empty)
+    unset = dict.fromkeys(("SECRET_KEY", "DATABASE_URL", "BCRYPT_ROUNDS"), "unset")
+    service = start(command=MAIN, **unset, **empty)
     person = sign_up(service)
     assert person.id == 1
     eventually(lambda: f"Mail to\n{person.email}\n" in service.log.read_text())
@@ -2650,11 +2763,11 @@ def test_a_listener_who_falls_out_of_the_log_is_dropped_and_hears_nothing_with_a
     import main
 
     async def listen() -> tuple[list[list[str]], list[list[str]]]:
-        hub = main.Hub()
-        fast, slow = hub.follow(0), hub.follow(0)
+        hub = main.Hub("test")
+        fast, slow = hub.follow(hub.count), hub.follow(hub.count)
         heard: tuple[list[list[str]], list[list[str]]] = ([], [])
-        for number in range(1_002):
-            hub.add("post.deleted", number, {})
+        for number in range(1_003):
+            await hub.tell("post.deleted", number, {})
             heard[0].append([event.data for event in await anext(fast)])
             if number == 0:
                 heard[1].append([event.data for event in await anext(slow)])
@@ -2662,7 +2775,7 @@ def test_a_listener_who_falls_out_of_the_log_is_dropped_and_hears_nothing_with_a
         return heard
 
     fast, slow = asyncio.run(listen())
-    assert fast == [["{}"]] * 1_002
+    assert fast == [["{}"]] * 1_003
     assert slow == [["{}"]]
 
 
@@ -3004,16 +3117,312 @@ def test_sigterm_ends_rooms_and_streams_at_once(start: Callable[..., Service]) -
     assert "ERROR" not in service.log.read_text()
 
 
+# --- Redis ----------------------------------------------------------------------------------------
+
+
+class RedisServer:
+    """One of our own, to stop and to freeze."""
+
+    def __init__(self, folder: Path) -> None:
+        if not shutil.which("redis-server"):
+            pytest.skip("redis-server is not installed")
+        pytest.importorskip("redis")
+        self.port, self.folder = free_port(), folder
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        options = f"--port {self.port} --save '' --dir {self.folder} --logfile redis.log"
+        self.process = subprocess.Popen(["redis-server", *shlex.split(options)])
+        processes.append(self.process)
+        eventually(lambda: self.call("PING"))
+
+    def call(self, *command: object) -> Any:
+        import redis
+
+        with contextlib.suppress(redis.ConnectionError), redis.Redis.from_url(self.url) as client:
+            return client.execute_command(*command)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def two(start: Callable[..., Service], tmp_path: Path) -> Callable[..., tuple[Service, Service]]:
+    """Starts two processes with one database and one Redis."""
+
+    def start_two(url: str, **settings: str) -> tuple[Service, Service]:
+        settings |= {"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/app.db", "REDIS_URL": url}
+        return start(**settings), start(**settings)
+
+    return start_two
+
+
+def test_processes_share_their_limits(two: Callable[..., tuple[Service, Service]]) -> None:
+    both = two(new_redis(), RATE_LIMIT="6/hour", AUTH_RATE_LIMIT="3/hour")
+    answers = [both[number % 2].client.get("/posts") for number in range(8)]
+    assert [answer.status_code for answer in answers] == [200] * 6 + [429] * 2
+    left = [answer.headers["ratelimit"].partition(";t=")[0] for answer in answers]
+    assert left == [f'"default";r={number}' for number in (5, 4, 3, 2, 1, 0, 0, 0)]
+    logins = [log_in(both[number % 2], "a@example.com").status_code for number in range(5)]
+    assert logins == [401, 401, 401, 429, 429]
+
+
+def test_two_workers_share_limits_and_events(start: Callable[..., Service]) -> None:
+    service = start(WORKERS="2", REDIS_URL=new_redis(), AUTH_RATE_LIMIT="20/hour")
+    admin = sign_in_admin(service)
+    anew = {"Connection": "close"}  # the next connection may meet the other worker
+    form = {"username": "a@example.com", "password": "x"}
+    logins = at_once(
+        30, lambda _: service.client.post("/auth/login", data=form, headers=anew).status_code
+    )
+    assert sorted(logins) == [401] * 19 + [429] * 11
+    listeners = [Listener(service) for _ in range(8)]
+    posts = [publish(admin)["id"] for _ in range(10)]
+    for listener in listeners:
+        with listener:
+            assert [post["id"] for _, post in listener.wait(10)] == posts
+    assert "Without REDIS_URL" not in service.log.read_text()
+
+
+def test_events_and_talk_reach_the_listeners_of_all_processes(
+    two: Callable[..., tuple[Service, Service]],
+) -> None:
+    here, there = two(new_redis())
+    author, other = sign_up(here), sign_up(there)
+    post = publish(author)["id"]
+    with (
+        Listener(here) as near,
+        Listener(there) as far,
+        in_room(author, post) as room,
+        in_room(other, post) as other_room,
+    ):
+        for number in range(10):
+            comment((author, other)[number % 2], post, f"Number {number}")
+        assert [data["text"] for _, data in near.wait(10)] == [f"Number {n}" for n in range(10)]
+        assert (far.wait(10), far.ids) == (near.events, near.ids)
+        for one in (room, other_room):
+            assert [hear(one)["id"] for _ in range(10)] == near.ids
+        say(room, type="message", text="Hello over there")
+        for one in (room, other_room):
+            message = hear(one)
+            assert (message["text"], message["from"]["id"]) == ("Hello over there", author.id)
+    with Listener(there, f"?last_event_id={near.ids[4]}") as late:
+        assert late.wait(5) == near.events[5:]
+    there.stop()
+    missed = publish(author)["id"]
+    there.start()
+    with Listener(there, f"?last_event_id={near.ids[7]}") as later:
+        assert later.wait(3)[:2] == near.events[8:]
+        assert later.events[2][1]["id"] == missed
+
+
+def test_what_is_asked_at_once_goes_in_few_trips_and_each_gets_its_answer(tmp_path: Path) -> None:
+    script = """
+import asyncio, main
+trips = 0
+async def run():
+    global trips
+    await main.redis.meet()
+    send = main.redis.asking.send_packed_command
+    async def counted(packed):
+        global trips
+        trips += 1
+        await send(packed)
+    main.redis.asking.send_packed_command = counted
+    first = asyncio.create_task(main.redis.ask("ECHO", "first"))
+    await asyncio.sleep(0.01)
+    texts = [str(number) for number in range(500)]
+    answers = await asyncio.gather(*(main.redis.ask("ECHO", text) for text in texts))
+    print(await first, answers == texts, trips)
+asyncio.run(run())
+"""
+    found = run_beside_main(script, tmp_path, REDIS_URL=new_redis())
+    assert found == "first True 2\n"
+
+
+class Load:
+    """Readers and writers in threads; keeps what each request took and how it ended."""
+
+    def __init__(self, service: Service, threads: int = 4) -> None:
+        self.author, self.threads = sign_in_admin(service), threads
+        self.done: list[tuple[float, int]] = []
+        self.stopped = False
+
+    def run(self, number: int) -> None:
+        while not self.stopped:
+            began = time.monotonic()
+            if number % 2:
+                answer = self.author.api.get("/posts?size=1")
+            else:
+                answer = self.author.api.post("/posts", json=A_POST | {"is_published": True})
+            self.done.append((time.monotonic() - began, answer.status_code))
+
+    def more(self, requests: int) -> list[tuple[float, int]]:
+        """Waits for so many more requests and returns them."""
+        before = len(self.done)
+        eventually(lambda: len(self.done) >= before + requests, 30)
+        return self.done[before:]
+
+    def __enter__(self) -> "Load":
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.works = [self.pool.submit(self.run, number) for number in range(self.threads)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped = True
+        for work in self.works:
+            work.result()
+        self.pool.shutdown()
+
+
+def test_redis_stopped_or_frozen_under_load_costs_no_error_and_little_time(
+    start: Callable[..., Service], redis_server: RedisServer
+) -> None:
+    service = start(REDIS_URL=redis_server.url, RATE_LIMIT="100000/hour")
+
+    def changes() -> list[str]:
+        return re.findall(r"Redis (answers|fails: \w+)", service.log.read_text())
+
+    with Listener(service) as listener:
+        with Load(service) as load:
+            usual = statistics.median(seconds for seconds, _ in load.more(100))
+            for stop, mend in (("freeze", "thaw"), ("stop", "start")):
+                getattr(redis_server, stop)()
+                eventually(lambda: changes()[-1] != "answers")
+                alone = load.more(200)
+                left = service.client.get("/posts").headers["ratelimit"]
+                assert 99_000 < int(left.partition("r=")[2].partition(";")[0]) < 100_000
+                getattr(redis_server, mend)()
+                eventually(lambda: changes()[-1] == "answers")
+                load.more(100)
+                assert sorted(seconds for seconds, _ in alone)[-20] < usual * 5 + 0.1
+        assert {status for _, status in load.done} == {200, 201}
+        published = service.sql("SELECT id FROM post ORDER BY id")
+        ids = [data["id"] for _, data in listener.wait(len(published))]
+        assert sorted(ids) == [post for (post,) in published]  # each once
+    said = changes()
+    assert {"fails: TimeoutError", "fails: ConnectionError"} <= set(said)
+    assert all((one == "answers") != (next == "answers") for one, next in pairwise(said))
+
+
+def test_no_request_waits_longer_than_one_trip(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Also those who come while others wait; and what comes too late is nobody's answer."""
+    script = """
+import asyncio, main, os, signal, sys, time
+async def ask(delay):
+    await asyncio.sleep(delay)
+    began = time.monotonic()
+    answer = await main.redis.ask("ECHO", f"asked after {delay}")
+    return time.monotonic() - began, answer
+async def run():
+    pid = int(sys.argv[1])
+    await main.redis.meet()
+    os.kill(pid, signal.SIGSTOP)
+    found = await asyncio.gather(*(ask(number / 100) for number in range(16)))
+    os.kill(pid, signal.SIGCONT)
+    print(max(seconds for seconds, _ in found), {answer for _, answer in found})
+    await main.redis.meet()
+    print((await ask(0))[1])
+asyncio.run(run())
+"""
+    pid = str(redis_server.process.pid)
+    waited, answer = run_beside_main(script, tmp_path, pid, REDIS_URL=redis_server.url).splitlines()
+    assert float(waited.split()[0]) < 0.1
+    assert waited.endswith(" {None}")
+    assert answer == "asked after 0"
+
+
+def test_an_event_that_a_frozen_redis_takes_too_late_is_heard_once(
+    two: Callable[..., tuple[Service, Service]], redis_server: RedisServer
+) -> None:
+    here, there = two(redis_server.url)
+    author = sign_up(here)
+    with Listener(here) as near, Listener(there) as far:
+        redis_server.freeze()
+        frozen = publish(author)["id"]
+        assert near.wait(1)[0][1]["id"] == frozen
+        assert far.events == []
+        redis_server.thaw()
+        eventually(lambda: here.log.read_text().count("Redis answers") == 2)
+        later = publish(author)["id"]
+        assert [post["id"] for _, post in far.wait(2)] == [frozen, later]
+        assert [post["id"] for _, post in near.wait(2)] == [frozen, later]
+        publish(author)
+        assert len(near.wait(3)) == 3
+
+
+def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
+    two: Callable[..., tuple[Service, Service]], redis_server: RedisServer
+) -> None:
+    here, there = two(redis_server.url)
+    author = sign_up(here)
+    old = publish(author)["id"]
+    there.stop()
+    redis_server.freeze()
+    there.start()
+    assert "Redis fails" in there.log.read_text()
+    with Listener(there) as listener:
+        redis_server.thaw()
+        eventually(lambda: there.log.read_text().count("Redis answers") == 2)
+        new = publish(author)["id"]
+        assert [post["id"] for _, post in listener.wait(1)] == [new]
+        assert old != new
+
+
+def test_a_redis_that_takes_no_writes_counts_as_gone(
+    start: Callable[..., Service], redis_server: RedisServer
+) -> None:
+    service = start(REDIS_URL=redis_server.url, RATE_LIMIT="1000/hour")
+    redis_server.call("CONFIG", "SET", "maxmemory", "1")
+    with Listener(service) as listener:
+        published = publish(sign_up(service))
+        assert listener.wait(1) == [("post.published", without_content(published))]
+        for _ in range(3):
+            assert service.client.get("/posts").status_code == 200
+        redis_server.call("CONFIG", "SET", "maxmemory", "0")
+        eventually(lambda: service.log.read_text().count("Redis answers") == 2)
+    assert service.log.read_text().count("Redis fails") == 1
+
+
+def test_what_stands_in_the_log_of_redis_and_is_no_event_is_passed_over(
+    start: Callable[..., Service], redis_server: RedisServer
+) -> None:
+    service = start(REDIS_URL=redis_server.url)
+    with Listener(service) as listener:
+        for text in ("{", "[]", '["too", "few"]'):
+            redis_server.call("XADD", "nutshell:events", "*", "text", text)
+        redis_server.call("XADD", "nutshell:events", "*", "other", "field")
+        eventually(lambda: "Redis fails" in service.log.read_text())
+        published = publish(sign_up(service))
+        assert listener.wait(1) == [("post.published", without_content(published))]
+
+
+def test_asyncpg_and_redis_are_imported_only_when_asked_for(tmp_path: Path) -> None:
+    script = "import main, sys; print(sys.modules.keys() & {'asyncpg', 'redis'})"
+    assert run_beside_main(script, tmp_path) == "set()\n"
+
+
+def test_a_warning_names_what_several_workers_do_not_share(start: Callable[..., Service]) -> None:
+    text = start(WORKERS="2").log.read_text()
+    assert text.count("Without REDIS_URL limits, events and rooms are those of each process") == 1
+
+
 # --- Rate limiter ---------------------------------------------------------------------------------
-
-
-def run_beside_main(script: str, folder: Path) -> str:
-    """What a script prints that imports main, with a database of its own."""
-    env = environment({"SECRET_KEY": KEY}) | {"PYTHONPATH": str(HERE)}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -3031,7 +3440,7 @@ def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
         if not hits or moment - hits[0] >= seconds:
             hits = opened[key] = []
         hits.append(moment)
-        left, wait = limiter.hit(key, moment)
+        left, wait = limiter.hit_here(key, moment)
         assert left == quota - len(hits)
         assert hits[0] + seconds <= moment + wait < hits[0] + seconds + 1
 
@@ -3046,7 +3455,7 @@ times = []
 for block in range({10 if FULL else 2}):
     began = time.process_time()
     for number in range(100_000):
-        limiter.hit(f"2001:db8:{{block:x}}:{{number:x}}", float(block))
+        limiter.hit_here(f"2001:db8:{{block:x}}:{{number:x}}", float(block))
     times.append(time.process_time() - began)
 print((size() - before) / 1e6, max(times))
 """
@@ -3057,8 +3466,10 @@ print((size() - before) / 1e6, max(times))
     assert seconds < 2
 
 
-def test_every_answer_tells_where_the_client_stands(start: Callable[..., Service]) -> None:
-    service = start(RATE_LIMIT="4/minute", AUTH_RATE_LIMIT="2/hour")
+def test_every_answer_tells_where_the_client_stands(
+    start: Callable[..., Service], kept_in: dict[str, str]
+) -> None:
+    service = start(RATE_LIMIT="4/minute", AUTH_RATE_LIMIT="2/hour", **kept_in)
     origin = {"Origin": "http://localhost:3000"}
     left = []
     for path in ("/posts", "/posts/1", "/nothing", "/users/me"):  # whatever the answer
@@ -3107,8 +3518,8 @@ def test_health_verify_docs_and_preflights_are_not_limited(start: Callable[..., 
         assert connection.recv(1_000).startswith(b"HTTP/1.1 429 ")
 
 
-def test_a_window_ends_when_it_said(start: Callable[..., Service]) -> None:
-    service = start(RATE_LIMIT="2/second")
+def test_a_window_ends_when_it_said(start: Callable[..., Service], kept_in: dict[str, str]) -> None:
+    service = start(RATE_LIMIT="2/second", **kept_in)
     assert [service.client.get("/posts").status_code for _ in range(3)] == [200, 200, 429]
     began = time.monotonic()
     eventually(lambda: service.client.get("/posts").status_code == 200, 3)
@@ -3135,8 +3546,10 @@ def test_a_stranger_cannot_choose_to_be_somebody_else(start: Callable[..., Servi
     assert odd.status_code == 429  # whatever leads to the same route
 
 
-def test_behind_a_proxy_each_client_has_its_own_limit(start: Callable[..., Service]) -> None:
-    service = start(RATE_LIMIT="2/hour", FORWARDED_ALLOW_IPS="127.0.0.1")
+def test_behind_a_proxy_each_client_has_its_own_limit(
+    start: Callable[..., Service], kept_in: dict[str, str]
+) -> None:
+    service = start(RATE_LIMIT="2/hour", FORWARDED_ALLOW_IPS="127.0.0.1", **kept_in)
 
     def get(address: str) -> int:
         answer = service.client.get("/posts", headers={"X-Forwarded-For": address})
@@ -3151,8 +3564,10 @@ def test_behind_a_proxy_each_client_has_its_own_limit(start: Callable[..., Servi
     assert "1.2.3.4 user" not in service.log_so_far()
 
 
-def test_logins_are_limited_by_email_too(start: Callable[..., Service]) -> None:
-    service = start(AUTH_RATE_LIMIT="1/hour", FORWARDED_ALLOW_IPS="127.0.0.1")
+def test_logins_are_limited_by_email_too(
+    start: Callable[..., Service], kept_in: dict[str, str]
+) -> None:
+    service = start(AUTH_RATE_LIMIT="1/hour", FORWARDED_ALLOW_IPS="127.0.0.1", **kept_in)
     addresses = (f"10.1.0.{number}" for number in count(1))
 
     def log_in_from_anywhere(email: str, password: str = "wrong password") -> httpx.Response:  # noqa: S107
@@ -3171,8 +3586,8 @@ def test_logins_are_limited_by_email_too(start: Callable[..., Service]) -> None:
     assert log_in_from_anywhere("somebody@example.com").status_code == 401
 
 
-def test_rooms_count_as_requests(start: Callable[..., Service]) -> None:
-    service = start(RATE_LIMIT="1/hour")
+def test_rooms_count_as_requests(start: Callable[..., Service], kept_in: dict[str, str]) -> None:
+    service = start(RATE_LIMIT="1/hour", **kept_in)
     with room_of(service, 1) as first, room_of(service, 1) as second:
         say(first, type="auth", token="x")  # noqa: S106
         assert close_code(first) == 4401
@@ -3475,13 +3890,17 @@ def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]
     eventually(lambda: service.client.get("/posts").json() != old, 3)
 
 
-@pytest.mark.parametrize("reason", ["CACHE_SECONDS=0", "WORKERS=2", "a child process"])
+@pytest.mark.parametrize(
+    "reason", ["CACHE_SECONDS=0", "WORKERS=2", "REDIS_URL=", "a child process"]
+)
 def test_nothing_is_remembered_where_others_may_write(
     start: Callable[..., Service], tmp_path: Path, reason: str
 ) -> None:
     """Each of several processes answers what is true now, whichever of them wrote it."""
     name, _, value = reason.partition("=")
     workers = [*UVICORN, "--workers", "2"]
+    if name == "REDIS_URL":
+        value = new_redis()
     service = start(**{name: value}) if value else start(command=workers)
     author = sign_up(service)
     post = publish(author)["id"]
@@ -3919,7 +4338,7 @@ def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> 
         assert int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") < 150e6
     service.process.terminate()
     assert service.process.wait(7) in (0, -signal.SIGTERM)
-    service.process.stderr.close()  # type: ignore[union-attr]
+    service.process.stderr.close()
 
 
 def test_a_full_disk_stops_nobody(start: Callable[..., Service], tmp_path: Path) -> None:
