@@ -49,12 +49,14 @@ from uuid import uuid4
 
 import httpx
 import pytest
+import yaml
 from jose import jwt
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 FULL = os.environ.get("FULL") == "1"
 POSTGRES = os.environ.get("TEST_DATABASE_URL")
 REDIS = os.environ.get("TEST_REDIS_URL")
@@ -325,6 +327,8 @@ def new_redis() -> str:
 
 def new_postgres_database() -> str:
     name = f"nutshell_{uuid4().hex[:12]}"
+    if not POSTGRES:
+        pytest.skip("TEST_DATABASE_URL is not set")
     asyncio.run(on_postgres(str(POSTGRES), f"CREATE DATABASE {name}"))
     return f"{str(POSTGRES).rpartition('/')[0]}/{name}"
 
@@ -502,6 +506,11 @@ def comment(person: Account, post_id: int, text: str = "A comment") -> dict[str,
     response = person.api.post(f"/posts/{post_id}/comments", json={"text": text})
     assert response.status_code == 201, response.text
     return dict(response.json())
+
+
+def in_readme(kind: str) -> list[str]:
+    """The blocks of README that are of this kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def at_once(times: int, call: Callable[[int], Any]) -> list[Any]:
@@ -1828,14 +1837,38 @@ def test_verify_tells_a_proxy_who_it_is(service: Service) -> None:
     assert (admin.status_code, admin.headers["remote-email"]) == (200, ADMIN["username"])
 
 
-@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def check_guard(service: Service, front: int) -> None:
+    """What a proxy does for the app behind it, which answers with whom it was told of."""
+    url = f"http://127.0.0.1:{front}/anything?x=1"
+    person, admin = sign_up(service), sign_in_admin(service)
+    with httpx.Client(verify=NO_TLS) as client:
+
+        def begun() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return client.get(url).status_code == 401
+            return False
+
+        eventually(begun)
+        bearer = {"Authorization": person.api.headers["Authorization"]}
+        lies = {"Remote-User": "1", "Remote-Groups": "admin", "Remote-Email": "a@b.co"}
+        mine = client.post(url, headers=bearer | lies, content="x" * 1000)
+        assert (mine.status_code, mine.text) == (200, f"{person.id} user {person.email}")
+        assert client.get(url, headers=lies).status_code == 401
+        assert client.get(url, headers=lies | {"Authorization": "Bearer bad"}).status_code == 401
+        only_admins = url.replace("/anything", "/admin/anything")
+        assert client.get(only_admins, headers=bearer | lies).status_code == 403
+        bearer = {"Authorization": admin.api.headers["Authorization"]}
+        assert client.get(only_admins, headers=bearer).text == f"{admin.id} admin {admin.email}"
+
+
 def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -> None:
-    (shown,) = re.findall(r"```nginx\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    if not shutil.which("nginx"):
+        pytest.skip("nginx is not installed")
     app, front = free_port(), free_port()
+    (shown,) = in_readme("nginx")
     shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
-    shown = shown.replace("app:3000", f"127.0.0.1:{app}").replace(
-        "listen 80", f"listen 127.0.0.1:{front}"
-    )
+    shown = shown.replace("app:3000", f"127.0.0.1:{app}")
+    shown = shown.replace("listen 80", f"listen 127.0.0.1:{front}")
     told = "'$http_remote_user $http_remote_groups $http_remote_email'"
     guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 {told}; }} }}"
     folders = "".join(
@@ -1849,27 +1882,51 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
     )
     nginx = subprocess.Popen(["nginx", "-c", config, "-e", tmp_path / "errors"])
     try:
-        url = f"http://127.0.0.1:{front}/anything?x=1"
-        person, admin = sign_up(service), sign_in_admin(service)
-
-        def get(url: str, **headers: str) -> httpx.Response | None:
-            with contextlib.suppress(httpx.TransportError):
-                return httpx.get(url, headers=headers)
-            return None
-
-        assert eventually(lambda: get(url)).status_code == 401
-        bearer = {"Authorization": person.api.headers["Authorization"]}
-        lies = {"Remote-User": "1", "Remote-Groups": "admin", "Remote-Email": "a@b.co"}
-        mine = httpx.post(url, headers=bearer | lies, content="x" * 1000)
-        assert (mine.status_code, mine.text) == (200, f"{person.id} user {person.email}")
-        assert httpx.get(url, headers=lies | {"Authorization": "Bearer bad"}).status_code == 401
-        only_admins = url.replace("/anything", "/admin/anything")
-        assert httpx.get(only_admins, headers=bearer).status_code == 403
-        bearer = {"Authorization": admin.api.headers["Authorization"]}
-        assert httpx.get(only_admins, headers=bearer).text == f"{admin.id} admin {admin.email}"
+        check_guard(service, front)
     finally:
         nginx.terminate()
         nginx.wait(10)
+
+
+def test_caddy_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -> None:
+    if not shutil.which("caddy"):
+        pytest.skip("caddy is not installed")
+    app, front = free_port(), free_port()
+    (shown,) = in_readme("caddyfile")
+    shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
+    shown = shown.replace("app:3000", f"127.0.0.1:{app}")
+    shown = shown.replace(":80 {", f"http://127.0.0.1:{front} {{")
+    told = "{header.Remote-User} {header.Remote-Groups} {header.Remote-Email}"
+    guarded = f'http://127.0.0.1:{app} {{\n\trespond "{told}"\n}}'
+    config = tmp_path / "Caddyfile"
+    config.write_text(f"{{\n\tadmin off\n\tauto_https off\n}}\n{shown}\n{guarded}\n")
+    command = ["caddy", "run", "--config", str(config), "--adapter", "caddyfile"]
+    home = os.environ | {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    with (tmp_path / "caddy.log").open("wb") as log:
+        caddy = subprocess.Popen(command, env=home, stdout=log, stderr=log)
+    try:
+        check_guard(service, front)
+    finally:
+        caddy.terminate()
+        caddy.wait(10)
+
+
+def test_an_app_may_check_tokens_by_itself_as_readme_shows(service: Service) -> None:
+    names: dict[str, Any] = {}
+    (shown,) = in_readme("python")
+    exec(shown, names)  # noqa: S102
+    user_id = names["user_id"]
+    person = sign_up(service)
+    assert user_id(person.tokens["access_token"], KEY) == person.id
+    person.api.post("/auth/logout")
+    assert user_id(person.tokens["access_token"], KEY) == person.id  # as README warns
+    forged = forgeries(person)
+    for wrong in ("sid of a strange kind", "sub of a strange kind", "junk behind it"):
+        del forged[wrong]  # only the service itself looks so closely
+    forged["a claim missing"] = tuple(forge(person, drop=name) for name in ("exp", "sub", "type"))
+    for token in (token for tokens in forged.values() for token in tokens):
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            print(token, user_id(token, KEY))
 
 
 # --- Users ----------------------------------------------------------------------------------------
@@ -4530,9 +4587,6 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
 # --- README ---------------------------------------------------------------------------------------
 
 
-README = HERE / "README.md"
-
-
 def test_every_setting_stands_in_readme_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `?([A-Z_]+)`? \| (.*?) \|", README.read_text(), re.MULTILINE))
     fields = {name.upper(): field for name, field in settings_class().model_fields.items()}
@@ -4543,16 +4597,86 @@ def test_every_setting_stands_in_readme_with_its_default() -> None:
         assert name == "SECRET_KEY" or shown == expected
 
 
-def test_the_compose_file_in_readme_names_real_settings() -> None:
-    (shown,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
-    named = set(re.findall(r"^ {6}([A-Z_]+):", shown, re.MULTILINE))
-    assert "REGISTRATION" in named
-    assert named <= {name.upper() for name in settings_class().model_fields}
+@pytest.mark.parametrize("extras", [[], ["asyncpg", "redis"]], ids=["alone", "with extras"])
+def test_the_compose_files_in_readme_start(start: Callable[..., Service], extras: Any) -> None:
+    """Their settings at least: no engine runs here that would start the containers."""
+    (shown,) = (text for text in in_readme("yaml") if ("DATABASE_URL" in text) == bool(extras))
+    services = yaml.safe_load(shown)["services"]
+    nutshell, app = services["nutshell"], services["app"]
+    assert nutshell["read_only"] is True
+    assert app["depends_on"] == {"nutshell": {"condition": "service_healthy"}}
+    secrets = {"SECRET_KEY": KEY, "FIRST_SUPERUSER_EMAIL": ADMIN["username"]}
+    secrets |= {"FIRST_SUPERUSER_PASSWORD": ADMIN["password"], "POSTGRES_PASSWORD": "x"}
+    settings = {
+        name: re.sub(r"\$\{(\w+):\?.*?\}", lambda found: secrets[found[1]], str(value))
+        for name, value in nutshell["environment"].items()
+    }
+    assert settings.keys() <= {name.upper() for name in settings_class().model_fields}
+    if extras:
+        assert settings["REDIS_URL"] == "redis://redis:6379/0"
+        assert settings["DATABASE_URL"] == "postgresql+asyncpg://postgres:x@database/postgres"
+        settings |= {"REDIS_URL": new_redis(), "DATABASE_URL": new_postgres_database()}
+    service = start(**settings)
+    assert sign_in_admin(service).api.get("/users").json()["total"] == 1
+    assert register(service).status_code == 403
+
+
+def test_a_backup_made_under_load_is_restored_as_readme_shows(
+    start: Callable[..., Service],
+) -> None:
+    service = start(SECRET_KEY="unset", command=MAIN)
+    backup, restore = (text for text in in_readme("sh") if "copy.db" in text)
+    run = partial(subprocess.run, check=True, cwd=service.folder)
+    with Load(service) as load:
+        load.more(100)
+        known = service.sql("SELECT max(id) FROM post")[0][0]
+        run(["sh", "-euc", backup])
+        load.more(100)
+    later = service.sql("SELECT max(id) FROM post")[0][0]
+    token = load.author.tokens["access_token"]
+    service.process.kill()  # what it leaves beside the file must not come back
+    service.process.wait()
+    (service.folder / "app.db.key").unlink()
+    run(["sh", "-euc", restore])
+    service.start()
+    assert service.sql("PRAGMA integrity_check") == [("ok",)]
+    assert known <= service.sql("SELECT max(id) FROM post")[0][0] < later
+    assert service.as_(token).get("/users/me").status_code == 200
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_a_column_is_added_as_readme_shows(
+    start: Callable[..., Service], tmp_path: Path, database: str
+) -> None:
+    pytest.importorskip("alembic")
+    if database == "postgresql" and not POSTGRES:
+        pytest.skip("TEST_DATABASE_URL is not set")
+    service = start(database=database)
+    person = sign_up(service)
+    before, age, after = (HERE / "main.py").read_text().partition("    age: Age = None\n")
+    (tmp_path / "main.py").write_text(f"{before}{age}    nickname: Name = None\n{after}")
+    service.stop()
+    service.command = [sys.executable, str(tmp_path / "main.py")]
+    with pytest.raises(AssertionError, match="nickname"):
+        service.start()
+    first, then = (text for text in in_readme("sh") if "alembic" in text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = environment(service.settings) | {"PATH": path}
+    script = first.removeprefix("pip install alembic\n") + then
+    done = subprocess.run(
+        ["sh", "-euc", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    service.start()
+    named = service.as_(person.tokens["access_token"]).patch("/users/me", json={"nickname": "Bee"})
+    assert named.json()["nickname"] == "Bee"
+    check = ["alembic", "check"]
+    assert subprocess.run(check, cwd=tmp_path, env=env, capture_output=True).returncode == 0
 
 
 def test_the_tour_in_readme_works_as_shown(start: Callable[..., Service]) -> None:
     service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
-    blocks = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = in_readme("console")
     (watched,) = (block for block in blocks if "curl -N" in block)
     tour = "".join(block for block in blocks if block != watched)
     steps = re.findall(r"^\$ (.*?(?:\\\n.*?)*)\n((?:(?!\$ ).*\n)*)", tour, re.MULTILINE)
