@@ -903,7 +903,7 @@ class Redis:
     async def follow(self) -> None:
         """For as long as we serve: hands on what is written to the logs, by whom ever."""
         while True:
-            async with self.within(2):
+            async with self.within(3):
                 if not self.up:
                     await self.meet()
                 await self.ask("PING")  # so that nobody on the way thinks this connection idle
@@ -941,9 +941,10 @@ class Limiter:
 
     async def hit(self, key: str) -> tuple[int, int]:
         """Counts one more. How many are left, and the seconds until the window ends."""
-        name = f"nutshell:{self.name}:{key}"
-        if redis.up and (found := await redis.ask("EVAL", COUNT, 1, name, self.seconds * 1_000)):
-            return self.quota - found[0], max(1, ceil(found[1] / 1_000))
+        if redis.up:
+            name = f"nutshell:{self.name}:{key}"
+            if found := await redis.ask("EVAL", COUNT, 1, name, self.seconds * 1_000):
+                return self.quota - found[0], max(1, ceil(found[1] / 1_000))
         return self.hit_here(key, perf_counter())
 
     def hit_here(self, key: str, moment: float) -> tuple[int, int]:
