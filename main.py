@@ -822,25 +822,13 @@ def read_token(token: str, kind: str) -> Claims:
 
 # --- Redis ----------------------------------------------------------------------------------------
 # What processes share where REDIS_URL is set: counts of requests and logs of events. While Redis
-# does not answer, each process goes on by itself, and no request waits longer than one trip.
+# does not answer, each process goes on by itself, and no request waits longer than for one trip.
 
 TRIP_SECONDS = 0.08
 COUNT = """
     local count = redis.call('INCR', KEYS[1])
     if count == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
     return {count, redis.call('PTTL', KEYS[1])}"""
-
-
-@asynccontextmanager
-async def at_most(seconds: float) -> AsyncIterator[None]:
-    """Half-way one half is given anew: that we ourselves stood still is not the fault of others."""
-    loop, half = asyncio.get_running_loop(), seconds / 2
-    async with asyncio.timeout(seconds) as limit:
-        middle = loop.call_later(half, lambda: limit.reschedule(loop.time() + half))
-        try:
-            yield
-        finally:
-            middle.cancel()
 
 
 class Redis:
@@ -860,27 +848,28 @@ class Redis:
     @asynccontextmanager
     async def within(self, seconds: float) -> AsyncIterator[None]:
         try:
-            async with at_most(seconds):
+            async with asyncio.timeout(seconds):
                 yield
         except Exception as error:  # whatever it is, no request fails for it
-            self.note(False, f"fails: {type(error).__name__}")
+            self.note(False, f"fails ({type(error).__name__})")
 
     def note(self, up: bool, what: str) -> None:
         if up != self.up:
             self.up = up
-            whose = "all processes" if up else "each process"
-            log.warning("Redis %s. Limits and events are those of %s", what, whose)
+            log.warning("Redis %s; limits and events are %sshared", what, "" if up else "not ")
 
     async def ask(self, *command: Any) -> Any:
         """The answer, or None. Who comes while a trip is under way shares the next one."""
-        self.trip = self.trip or asyncio.create_task(self.travel())
+        self.trip = trip = self.trip or asyncio.create_task(self.travel())
         self.commands.append(command)
         place = len(self.commands) - 1
-        answers = await asyncio.shield(self.trip)
-        return answers[place] if answers else None
+        for _ in range(8):  # in parts, so that a pause of our own does not count as one of theirs
+            if not (await asyncio.wait([trip], timeout=TRIP_SECONDS / 8))[1]:
+                return trip.result()[place] if trip.result() else None
+        self.note(False, "does not answer in time")
 
     async def travel(self) -> list[Any]:
-        async with self.road, self.within(TRIP_SECONDS):
+        async with self.road, self.within(1):
             commands, self.commands, self.trip = self.commands, [], None
             if self.up:
                 await self.asking.send_packed_command(self.asking.pack_commands(commands))
@@ -890,8 +879,8 @@ class Redis:
     async def meet(self) -> None:
         """Can it count, and where do its logs end? What stands there is read at the start alone."""
         await self.hearing.eval(COUNT, 1, "nutshell:up", 1)
-        async with self.road:  # a new one: on the last one old answers may still come
-            await self.asking.disconnect(nowait=True)
+        await self.asking.disconnect(nowait=True)  # who still waits there, waits in vain
+        async with self.road:
             await self.asking.connect()
         for name in self.readers.keys() - self.places.keys():
             old = await self.hearing.xrange(name)
@@ -2065,8 +2054,9 @@ if __name__ == "__main__":
         print(f"Nutshell will be at http://{settings.host}:{settings.port} - try /docs", flush=True)
     uvicorn.run(
         "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
+        timeout_keep_alive=75,  # longer than proxies keep a connection, or they meet a closed one
         proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
-        log_config=None, access_log=False, timeout_graceful_shutdown=5,
+        log_config=None, access_log=False, timeout_graceful_shutdown=4,
         ws=Frames, ws_max_size=64 * 1024, ws_per_message_deflate=False,
         ws_ping_interval=PATIENCE_SECONDS / 2, ws_ping_timeout=PATIENCE_SECONDS / 2,
     )  # fmt: skip
