@@ -45,6 +45,7 @@ from functools import partial, partialmethod
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
@@ -327,7 +328,7 @@ def new_redis() -> str:
         pytest.skip("TEST_REDIS_URL is not set")
     import redis
 
-    url = f"{REDIS.rstrip('/')}/{next(redis_numbers) % 16}"
+    url = urlsplit(REDIS)._replace(path=f"/{next(redis_numbers) % 16}").geturl()
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url
@@ -730,6 +731,7 @@ def test_a_package_that_is_missing_ends_the_start_with_one_clear_line(
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -798,6 +800,7 @@ def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(
     assert (settings.port, settings.secret_key) == (8123, secret.encode())
 
 
+@pytest.mark.slow
 def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(
     start: Callable[..., Service],
 ) -> None:
@@ -837,6 +840,7 @@ def test_of_keys_made_at_once_the_first_wins(
     assert {file.name for file in tmp_path.iterdir()} == {f"{n}.db.key" for n in range(10)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(10 if FULL else 1))
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_four_processes_that_start_on_one_empty_database_all_serve(
@@ -910,6 +914,7 @@ def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> 
     assert "mail not sent: SMTP_URL is not set" in said
 
 
+@pytest.mark.slow
 def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[..., Service]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         service = start(SMTP_URL=f"smtp://127.0.0.1:{deaf.getsockname()[1]}")
@@ -920,6 +925,7 @@ def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[...,
     assert "Traceback" not in service.log.read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
     start: Callable[..., Service], workers: dict[str, str]
 ) -> None:
@@ -1397,6 +1403,7 @@ def test_of_50_registrations_of_one_email_at_once_one_succeeds(service: Service)
     assert {a.json()["error_code"] for a in answers if a.status_code == 409} == {"EMAIL_TAKEN"}
 
 
+@pytest.mark.slow
 def test_200_writers_at_once_all_succeed(service: Service) -> None:
     person = sign_up(service)
     body = {"title": "One of many", "content": "x"}
@@ -1522,6 +1529,7 @@ def test_a_login_with_an_endless_email_holds_up_nobody(service: Service) -> None
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_a_refused_login_takes_the_same_time_whatever_the_reason(
     start: Callable[..., Service],
 ) -> None:
@@ -1546,6 +1554,7 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
     assert any(same() for _ in range(3))  # what is there each time is more than noise
 
 
+@pytest.mark.slow
 def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
     start: Callable[..., Service],
 ) -> None:
@@ -1563,6 +1572,7 @@ def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
         assert {one.result().status_code for one in hashing} == {200, 403, 201}
 
 
+@pytest.mark.slow
 def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
     start: Callable[..., Service],
 ) -> None:
@@ -1577,6 +1587,7 @@ def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
     assert ends[0] < ends[-1] / 2  # all at once would end together
 
 
+@pytest.mark.slow
 def test_a_login_that_waits_while_its_account_changes_is_refused(
     start: Callable[..., Service],
 ) -> None:
@@ -1594,6 +1605,7 @@ def test_a_login_that_waits_while_its_account_changes_is_refused(
         assert {login.result().status_code for login in logins} == {401}
 
 
+@pytest.mark.slow
 def test_too_many_waiting_passwords_are_turned_away(start: Callable[..., Service]) -> None:
     service = start(BCRYPT_ROUNDS="10")
     answers = at_once(100, lambda n: log_in(service, f"nobody{n}@example.com"))
@@ -2531,6 +2543,7 @@ def test_page_one_and_reading_on_use_indexes(service: Service) -> None:
         assert all(step.startswith("SEARCH") for step in steps), (statement, steps)
 
 
+@pytest.mark.slow
 def test_nobody_is_answered_what_was_true_before(service: Service) -> None:
     """A change is seen by the next request, whoever reads beside it."""
     author = sign_up(service)
@@ -3097,6 +3110,7 @@ def test_a_foreign_origin_is_refused_with_403(
         assert refused.value.response.status_code == 403
 
 
+@pytest.mark.slow
 def test_200_people_in_a_room_hear_100_messages_in_order(service: Service) -> None:
     people = [sign_up(service) for _ in range(5)]
     post = publish(people[0])["id"]
@@ -3125,6 +3139,7 @@ def test_200_people_in_a_room_hear_100_messages_in_order(service: Service) -> No
         assert mine == [f"{person.id} {number}" for number in range(20)]
 
 
+@pytest.mark.slow
 def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Service]) -> None:
     service = start()
     person = sign_up(service)
@@ -3154,6 +3169,7 @@ def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Se
     eventually(lambda: service.client.stream("GET", "/events").__enter__().status_code == 200)
 
 
+@pytest.mark.slow
 def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
     start: Callable[..., Service],
 ) -> None:
@@ -3215,6 +3231,7 @@ def test_a_stream_that_never_reads_is_cut_off(start: Callable[..., Service]) -> 
     assert "ERROR" not in service.log.read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_rooms_and_streams_at_once(
     start: Callable[..., Service], workers: dict[str, str]
 ) -> None:
@@ -3376,6 +3393,7 @@ asyncio.run(run())
     assert found == "first True 2\n"
 
 
+@pytest.mark.slow
 def test_redis_stopped_or_frozen_under_load_costs_no_error_and_little_time(
     start: Callable[..., Service], redis_server: RedisServer
 ) -> None:
@@ -3406,6 +3424,7 @@ def test_redis_stopped_or_frozen_under_load_costs_no_error_and_little_time(
     assert all((one == "answers") != (next == "answers") for one, next in pairwise(said))
 
 
+@pytest.mark.slow
 def test_no_request_waits_longer_than_one_trip(tmp_path: Path, redis_server: RedisServer) -> None:
     """Also those who come while others wait; and what comes too late is nobody's answer."""
     script = """
@@ -3433,6 +3452,7 @@ asyncio.run(run())
     assert answer == "asked after 0"
 
 
+@pytest.mark.slow
 def test_an_event_that_a_frozen_redis_takes_too_late_is_heard_once(
     two: Callable[..., tuple[Service, Service]], redis_server: RedisServer
 ) -> None:
@@ -3452,6 +3472,7 @@ def test_an_event_that_a_frozen_redis_takes_too_late_is_heard_once(
         assert len(near.wait(3)) == 3
 
 
+@pytest.mark.slow
 def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
     two: Callable[..., tuple[Service, Service]], redis_server: RedisServer
 ) -> None:
@@ -3470,6 +3491,7 @@ def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
         assert old != new
 
 
+@pytest.mark.slow
 def test_a_redis_that_takes_no_writes_counts_as_gone(
     start: Callable[..., Service], redis_server: RedisServer
 ) -> None:
@@ -3485,6 +3507,7 @@ def test_a_redis_that_takes_no_writes_counts_as_gone(
     assert "Redis fails (OutOfMemoryError)" in service.log.read_text()
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_log_of_redis_and_is_no_event_is_passed_over(
     start: Callable[..., Service], redis_server: RedisServer
 ) -> None:
@@ -3528,6 +3551,7 @@ def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
         assert hits[0] + seconds <= moment + wait < hits[0] + seconds + 1
 
 
+@pytest.mark.slow
 def test_a_million_clients_cost_at_most_20_mb(tmp_path: Path) -> None:
     """Hit by hit as fast as for one of them."""
     script = f"""
@@ -3677,6 +3701,7 @@ def test_rooms_count_as_requests(start: Callable[..., Service], kept_in: dict[st
         assert close_code(second) == 1013
 
 
+@pytest.mark.slow
 def test_50_logins_at_once_hold_up_no_reader(start: Callable[..., Service]) -> None:
     service = start(BCRYPT_ROUNDS="12", AUTH_RATE_LIMIT="12/minute")
     post = publish(sign_up(service))["id"]
@@ -3961,6 +3986,7 @@ def test_behind_a_path_of_a_proxy_all_is_as_without(start: Callable[..., Service
     assert register(service).status_code == 429
 
 
+@pytest.mark.slow
 def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]) -> None:
     service = start(CACHE_SECONDS="1")
     time.sleep(1.1)  # of rest, which must not count
@@ -3973,6 +3999,7 @@ def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]
     eventually(lambda: service.client.get("/posts").json() != old, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reason", ["CACHE_SECONDS=0", "WORKERS=2", "REDIS_URL=", "a child process"]
 )
@@ -4097,6 +4124,7 @@ def test_smtps_is_encrypted_and_sends_the_password(
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["refused", "silent"])
 def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
     start: Callable[..., Service], failure: str
@@ -4116,6 +4144,7 @@ def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
 # --- Data -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(100 if FULL else 2))
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_kill_9_loses_nothing_that_was_answered(
@@ -4187,6 +4216,7 @@ def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., S
     assert service.sql("PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_503_for_writers_and_open_to_readers(
     start: Callable[..., Service],
 ) -> None:
@@ -4295,6 +4325,7 @@ def test_the_pool_for_postgresql_has_5_connections_and_10_more(tmp_path: Path) -
     assert run_beside_main(script, tmp_path, DATABASE_URL=url) == "True 10\n5 True\n"
 
 
+@pytest.mark.slow
 def test_health_waits_a_second_for_a_database_that_hangs(start: Callable[..., Service]) -> None:
     fcntl = pytest.importorskip("fcntl")
     service = start()
@@ -4306,6 +4337,7 @@ def test_health_waits_a_second_for_a_database_that_hangs(start: Callable[..., Se
     eventually(lambda: service.client.get(f"{service.address}/health").status_code == 200, 12)
 
 
+@pytest.mark.slow
 def test_a_health_check_is_answered_under_load(service: Service) -> None:
     person = sign_up(service)
     done = threading.Event()
@@ -4533,6 +4565,7 @@ def test_no_line_is_lost_at_a_stop_and_none_is_written_below_the_level(
     assert "GET" not in quiet.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> None:
     """A pipe holds 64 KiB, about 600 lines."""
     service = start(stderr=subprocess.PIPE)
@@ -4551,6 +4584,7 @@ def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> 
     service.process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_nobody(start: Callable[..., Service], tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
@@ -4697,6 +4731,7 @@ def test_the_compose_files_in_readme_start(start: Callable[..., Service], extras
     assert register(service).status_code == 403
 
 
+@pytest.mark.slow
 def test_a_backup_made_under_load_is_restored_as_readme_shows(
     start: Callable[..., Service],
 ) -> None:
@@ -4719,6 +4754,7 @@ def test_a_backup_made_under_load_is_restored_as_readme_shows(
     assert service.as_(token).get("/users/me").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_column_is_added_as_readme_shows(
     start: Callable[..., Service], tmp_path: Path, database: str
