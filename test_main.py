@@ -3182,6 +3182,10 @@ def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         listener = enter(Listener(service, f"?post_id={draft}"))
+        kept = enter(contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port)))
+        kept.request("GET", "/health")
+        kept.getresponse().read()
+        kept.auto_open = 0  # a proxy would not look either whether it is still there
         silent = enter(room_of(service, post))
         stays = enter(in_room(author, post))
         ending = {person.id: enter(in_room(person, post)) for person in (out, barred, deleted)}
@@ -3209,6 +3213,8 @@ def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
         say(stays, type="message", text="still here")
         while hear(stays).get("text") != "still here":
             pass
+        kept.request("GET", "/health")
+        assert kept.getresponse().read() == b'{"status":"healthy"}'
 
 
 @pytest.mark.skipif(not FULL, reason="it takes half a minute to fill the buffers of a connection")
