@@ -669,6 +669,7 @@ WRONG_SETTINGS = [
     ),
     ({"REDIS_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
     ({"REDIS_URL": "redis://u:hunter2@localhost:abc"}, "must be a URL, its password percent"),
+    ({"REDIS_URL": "redis://u:hunter2@localhost?tls=true"}, "must be a URL, its password"),
     ({"SMTP_URL": "hunter2@localhost"}, ": String should match pattern"),
     ({"HOST": "nowhere.example"}, "HOST='nowhere.example': "),
     ({"SMTP_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
@@ -1867,14 +1868,20 @@ def check_guard(service: Service, front: int) -> None:
         eventually(begun)
         bearer = {"Authorization": person.api.headers["Authorization"]}
         lies = {"Remote-User": "1", "Remote-Groups": "admin", "Remote-Email": "a@b.co"}
+        lies |= {"Remote_User": "1"}  # which some apps do not tell from the other
         mine = client.post(url, headers=bearer | lies, content="x" * 1000)
-        assert (mine.status_code, mine.text) == (200, f"{person.id} user {person.email}")
+        assert (mine.status_code, mine.text.strip()) == (200, f"{person.id} user {person.email}")
         assert client.get(url, headers=lies).status_code == 401
+        form = {"username": person.email, "password": PASSWORD}
+        login = client.post(url.replace("/anything?x=1", "/api/v1/auth/login"), data=form)
+        assert client.get(url, headers={"Authorization": f"Bearer {login.json()['access_token']}"})
         assert client.get(url, headers=lies | {"Authorization": "Bearer bad"}).status_code == 401
-        only_admins = url.replace("/anything", "/admin/anything")
-        assert client.get(only_admins, headers=bearer | lies).status_code == 403
+        for path in ("/admin/anything", "/admin"):
+            only_admins = url.replace("/anything", path)
+            assert client.get(only_admins, headers=bearer | lies).status_code == 403
         bearer = {"Authorization": admin.api.headers["Authorization"]}
-        assert client.get(only_admins, headers=bearer).text == f"{admin.id} admin {admin.email}"
+        told = client.get(only_admins, headers=bearer).text.strip()
+        assert told == f"{admin.id} admin {admin.email}"
 
 
 def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -> None:
@@ -1912,7 +1919,7 @@ def test_caddy_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
     shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
     shown = shown.replace("app:3000", f"127.0.0.1:{app}")
     shown = shown.replace(":80 {", f"http://127.0.0.1:{front} {{")
-    told = "{header.Remote-User} {header.Remote-Groups} {header.Remote-Email}"
+    told = "{header.Remote-User} {header.Remote-Groups} {header.Remote-Email} {header.Remote_User}"
     guarded = f'http://127.0.0.1:{app} {{\n\trespond "{told}"\n}}'
     config = tmp_path / "Caddyfile"
     config.write_text(f"{{\n\tadmin off\n\tauto_https off\n}}\n{shown}\n{guarded}\n")
@@ -2884,6 +2891,11 @@ def test_1500_events_reach_everyone_in_order_past_a_stream_that_never_reads(
         gone = hear(room)
         assert (gone["type"], gone["data"]) == ("post.deleted", {"id": max(ids)})
         assert close_code(room) == 4404
+    if "REDIS_URL" in environment(service.settings):
+        import redis
+
+        with redis.Redis.from_url(service.settings["REDIS_URL"]) as client:
+            assert client.xlen("nutshell:events") == 1_001
     with Listener(service, f"?last_event_id={listener.ids[500]}") as late:
         assert [post["id"] for _, post in late.wait(1_000)] == [p["id"] for _, p in events[501:]]
     with Listener(service, f"?last_event_id={listener.ids[499]}") as too_late:
@@ -3253,7 +3265,7 @@ def test_sigterm_ends_rooms_and_streams_at_once(
         listener.wait(1)
         began = time.monotonic()
         assert service.stop() in (0, -signal.SIGTERM)
-        assert time.monotonic() - began < (4 if workers else 2)
+        assert time.monotonic() - began < (7 if workers else 2)
         assert listener.ended()
         assert close_code(room) == 1012
         assert close_code(stranger) == 1012
@@ -3430,6 +3442,21 @@ def test_redis_stopped_or_frozen_under_load_costs_no_error_and_little_time(
     assert all((one == "answers") != (next == "answers") for one, next in pairwise(said))
 
 
+def test_a_trip_with_an_error_leaves_no_answer_for_the_next(tmp_path: Path) -> None:
+    script = """
+import asyncio, main
+async def run():
+    await main.redis.meet()
+    wrong = ("ECHO", "x"), ("LPUSH", "a list", "1"), ("INCR", "a list"), ("ECHO", "z")
+    print(await asyncio.gather(*(main.redis.ask(*command) for command in wrong)), main.redis.up)
+    await main.redis.meet()
+    print(await main.redis.ask("ECHO", "y"))
+asyncio.run(run())
+"""
+    found = run_beside_main(script, tmp_path, REDIS_URL=new_redis())
+    assert found == "[None, None, None, None] False\ny\n"
+
+
 @pytest.mark.slow
 def test_no_request_waits_longer_than_one_trip(tmp_path: Path, redis_server: RedisServer) -> None:
     """Also those who come while others wait; and what comes too late is nobody's answer."""
@@ -3453,7 +3480,7 @@ asyncio.run(run())
 """
     pid = str(redis_server.process.pid)
     waited, answer = run_beside_main(script, tmp_path, pid, REDIS_URL=redis_server.url).splitlines()
-    assert float(waited.split()[0]) < 0.1
+    assert float(waited.split()[0]) < 0.07
     assert waited.endswith(" {None}")
     assert answer == "asked after 0"
 
@@ -3508,6 +3535,13 @@ def test_a_redis_that_takes_no_writes_counts_as_gone(
         assert listener.wait(1) == [("post.published", without_content(published))]
         for _ in range(3):
             assert service.client.get("/posts").status_code == 200
+
+        def refused() -> int:
+            said = redis_server.call("INFO", "errorstats").get("errorstat_OOM", {})
+            return int(said.get("count", 0))
+
+        eventually(lambda: refused() >= 4)  # it asks again and again, and is not deceived
+        assert service.log.read_text().count("Redis answers") == 1
         redis_server.call("CONFIG", "SET", "maxmemory", "0")
         eventually(lambda: service.log.read_text().count("Redis answers") > 1)
     assert "Redis fails (OutOfMemoryError)" in service.log.read_text()
