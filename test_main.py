@@ -934,20 +934,21 @@ def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
     body = json.dumps({"email": "slow@example.com", "password": PASSWORD}).encode()
     head = b"POST /api/v1/auth/register HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
-    connections = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(3)]
-    slow, stuck, _idle = connections
-    slow.sendall(head + body)
-    stuck.sendall(head + body[:5])
-    for _ in range(20):  # once these are answered, they were read, whichever worker has them
-        service.client.get(f"{service.address}/health", headers={"Connection": "close"})
-    began = time.monotonic()
-    service.process.send_signal(signal.SIGTERM)
-    assert slow.recv(1000).startswith(b"HTTP/1.1 201 ")
-    assert stuck.recv(1000).startswith(b"HTTP/1.1 503 ")
-    assert service.process.wait(10) in (0, -signal.SIGTERM)
-    assert time.monotonic() - began < 7
-    for connection in connections:
-        connection.close()
+    with contextlib.ExitStack() as stack:
+        slow, stuck, _idle = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+            for _ in range(3)
+        )
+        slow.sendall(head + body)
+        stuck.sendall(head + body[:5])
+        for _ in range(20):  # once these are answered, they were read, whichever worker has them
+            service.client.get(f"{service.address}/health", headers={"Connection": "close"})
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 201 ")
+        assert stuck.recv(1000).startswith(b"HTTP/1.1 503 ")
+        assert service.process.wait(10) in (0, -signal.SIGTERM)
+        assert time.monotonic() - began < (10 if workers else 7)  # 5 s, on an idle machine
     assert service.sql("SELECT count(*) FROM user WHERE email='slow@example.com'") == [(1,)]
     assert "Traceback" not in service.log.read_text()
 
