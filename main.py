@@ -36,7 +36,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
 from functools import cache, lru_cache, partial
@@ -908,6 +908,19 @@ class Redis:
 redis = Redis()
 
 
+@asynccontextmanager
+async def in_touch() -> AsyncIterator[None]:
+    """With the other processes, for as long as we serve."""
+    async with redis.within(1):
+        await redis.meet()
+    following = asyncio.create_task(redis.follow())
+    yield
+    following.cancel()
+    async with redis.within(1):
+        await redis.hearing.aclose()
+        await redis.asking.disconnect()
+
+
 # --- Rate limiter ---------------------------------------------------------------------------------
 # Each client has so many requests in a window of time, which opens at the first of them. So at the
 # edge of two windows twice as many may pass: that is the price of a count that needs no history.
@@ -930,15 +943,14 @@ class Limiter:
         self.old: dict[str, tuple[int, float]] = {}
         self.turn = 0.0  # when the new ones become the old ones
 
-    async def hit(self, key: str) -> tuple[int, int]:
-        """Counts one more. How many are left, and the seconds until the window ends."""
-        if redis.up:
-            name = f"nutshell:{self.name}:{self.seconds}:{key}"
-            if found := await redis.ask("EVAL", COUNT, 1, name, self.seconds * 1_000):
-                return self.quota - found[0], max(1, ceil(found[1] / 1_000))
-        return self.hit_here(key, perf_counter())
+    async def hit_together(self, key: str) -> tuple[int, int] | None:
+        """The same as below for all processes at once; None while Redis does not answer."""
+        name = f"nutshell:{self.name}:{self.seconds}:{key}"
+        found = await redis.ask("EVAL", COUNT, 1, name, self.seconds * 1_000)
+        return (self.quota - found[0], max(1, ceil(found[1] / 1_000))) if found else None
 
-    def hit_here(self, key: str, moment: float) -> tuple[int, int]:
+    def hit(self, key: str, moment: float) -> tuple[int, int]:
+        """Counts one more. How many are left, and the seconds until the window ends."""
         if moment >= self.turn or len(self.new) >= MAX_WINDOWS:
             self.old, self.new, self.turn = self.new, {}, moment + self.seconds
         count, end = self.new.get(key) or self.old.get(key) or (0, moment)
@@ -968,7 +980,8 @@ async def limit(limiter: Limiter, key: str, scope: Scope) -> None:
     """Counts a request and tells the client where it stands, or refuses it."""
     if limiter.quota == 0:
         return
-    left, wait = await limiter.hit(key)
+    together = await limiter.hit_together(key) if redis.up else None
+    left, wait = together or limiter.hit(key, perf_counter())
     told = scope["state"]["told"]
     if left < 0 or b"ratelimit" not in told:
         told[b"ratelimit-policy"] = limiter.policy
@@ -2001,20 +2014,12 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
-    if settings.redis_url:
-        async with redis.within(1):
-            await redis.meet()
-        following = asyncio.create_task(redis.follow())
-    with log_writer.in_thread():
-        yield
+    async with in_touch() if settings.redis_url else nullcontext():
+        with log_writer.in_thread():
+            yield
     with move_on_after(1):  # for the mails under way to leave
         for mail in mails_under_way():
             await to_thread.run_sync(mail.join, 1.0, abandon_on_cancel=True)
-    if settings.redis_url:
-        following.cancel()
-        async with redis.within(1):
-            await redis.hearing.aclose()
-            await redis.asking.disconnect()
     await readers.dispose()
     await writer.dispose()
 

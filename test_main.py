@@ -235,12 +235,13 @@ class Service:
         with self.log.open("ab") as log:
             env, folder = environment(self.settings), self.folder
             errors = self.stderr or log
-            self.process: Any = (
-                subprocess.Popen(self.command, cwd=folder, env=env, stdout=log, stderr=errors)
-                if self.command
-                else Forked([self.script], folder, env, self.log, self.log)
-            )
-        processes.append(self.process)
+            if self.command:
+                self.process: Any = subprocess.Popen(
+                    self.command, cwd=folder, env=env, stdout=log, stderr=errors
+                )
+                processes.append(self.process)
+            else:
+                self.process = Forked([self.script], folder, env, self.log, self.log)
         self.client = httpx.Client(
             base_url=f"{self.address}/api/v1",
             timeout=30,
@@ -849,8 +850,6 @@ def test_four_processes_that_start_on_one_empty_database_all_serve(
 ) -> None:
     settings: Any = {"SECRET_KEY": "unset", "FIRST_SUPERUSER_PASSWORD": "made only once"}
     if database == "postgresql":
-        if not POSTGRES:
-            pytest.skip("TEST_DATABASE_URL is not set")
         settings = {"DATABASE_URL": new_postgres_database(), "SECRET_KEY": KEY}
     settings |= {
         "DATABASE_URL": settings.get("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/app.db")
@@ -1855,6 +1854,25 @@ def test_verify_tells_a_proxy_who_it_is(service: Service) -> None:
     assert (admin.status_code, admin.headers["remote-email"]) == (200, ADMIN["username"])
 
 
+def shown_proxy(kind: str, service: Service, app: int) -> str:
+    """What README shows for it, with the ports that are there."""
+    (shown,) = in_readme(kind)
+    shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
+    return shown.replace("app:3000", f"127.0.0.1:{app}")
+
+
+@contextlib.contextmanager
+def running(folder: Path, *command: str) -> Iterator[None]:
+    home = os.environ | {"HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+    with (folder / "proxy.log").open("wb") as log:
+        process = subprocess.Popen(command, env=home, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
 def check_guard(service: Service, front: int) -> None:
     """What a proxy does for the app behind it, which answers with whom it was told of."""
     url = f"http://127.0.0.1:{front}/anything?x=1"
@@ -1889,10 +1907,7 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
     if not shutil.which("nginx"):
         pytest.skip("nginx is not installed")
     app, front = free_port(), free_port()
-    (shown,) = in_readme("nginx")
-    shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
-    shown = shown.replace("app:3000", f"127.0.0.1:{app}")
-    shown = shown.replace("listen 80", f"listen 127.0.0.1:{front}")
+    shown = shown_proxy("nginx", service, app).replace("listen 80", f"listen 127.0.0.1:{front}")
     told = "'$http_remote_user $http_remote_groups $http_remote_email'"
     guarded = f"server {{ listen 127.0.0.1:{app}; location / {{ return 200 {told}; }} }}"
     folders = "".join(
@@ -1904,35 +1919,22 @@ def test_nginx_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
         f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}}"
         f"http {{ access_log off; {folders} {shown} {guarded} }}"
     )
-    nginx = subprocess.Popen(["nginx", "-c", config, "-e", tmp_path / "errors"])
-    try:
+    with running(tmp_path, "nginx", "-c", str(config), "-e", str(tmp_path / "errors")):
         check_guard(service, front)
-    finally:
-        nginx.terminate()
-        nginx.wait(10)
 
 
 def test_caddy_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -> None:
     if not shutil.which("caddy"):
         pytest.skip("caddy is not installed")
     app, front = free_port(), free_port()
-    (shown,) = in_readme("caddyfile")
-    shown = shown.replace("nutshell:8000", f"127.0.0.1:{service.port}")
-    shown = shown.replace("app:3000", f"127.0.0.1:{app}")
+    shown = shown_proxy("caddyfile", service, app)
     shown = shown.replace(":80 {", f"http://127.0.0.1:{front} {{")
     told = "{header.Remote-User} {header.Remote-Groups} {header.Remote-Email} {header.Remote_User}"
     guarded = f'http://127.0.0.1:{app} {{\n\trespond "{told}"\n}}'
     config = tmp_path / "Caddyfile"
     config.write_text(f"{{\n\tadmin off\n\tauto_https off\n}}\n{shown}\n{guarded}\n")
-    command = ["caddy", "run", "--config", str(config), "--adapter", "caddyfile"]
-    home = os.environ | {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
-    with (tmp_path / "caddy.log").open("wb") as log:
-        caddy = subprocess.Popen(command, env=home, stdout=log, stderr=log)
-    try:
+    with running(tmp_path, "caddy", "run", "--config", str(config), "--adapter", "caddyfile"):
         check_guard(service, front)
-    finally:
-        caddy.terminate()
-        caddy.wait(10)
 
 
 def test_an_app_may_check_tokens_by_itself_as_readme_shows(service: Service) -> None:
@@ -3587,7 +3589,7 @@ def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
         if not hits or moment - hits[0] >= seconds:
             hits = opened[key] = []
         hits.append(moment)
-        left, wait = limiter.hit_here(key, moment)
+        left, wait = limiter.hit(key, moment)
         assert left == quota - len(hits)
         assert hits[0] + seconds <= moment + wait < hits[0] + seconds + 1
 
@@ -3603,7 +3605,7 @@ times = []
 for block in range({10 if FULL else 2}):
     began = time.process_time()
     for number in range(100_000):
-        limiter.hit_here(f"2001:db8:{{block:x}}:{{number:x}}", float(block))
+        limiter.hit(f"2001:db8:{{block:x}}:{{number:x}}", float(block))
     times.append(time.process_time() - began)
 print((size() - before) / 1e6, max(times))
 """
@@ -4475,19 +4477,19 @@ def test_two_workers_against_one(start: Callable[..., Service]) -> None:
     rates: dict[str, dict[str, list[float]]] = {}
     for name, service in services.items():
         author = sign_in_admin(service)
-        post = [publish(author)["id"] for _ in range(50)][0]
+        assert [publish(author)["id"] for _ in range(50)][0] == 1
         script = service.folder / "create.lua"
         headers = author.api.headers | {"Content-Type": "application/json"}
-        lines = [f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()]
+        lines = [f'wrk.headers["{key}"] = "{value}"' for key, value in headers.items()]
         lines += ['wrk.method = "POST"', f"wrk.body = '{json.dumps(A_POST)}'"]
         script.write_text("\n".join(lines))
         rates[name] = {"list": [], "one post": [], "create": []}
     for _ in range(3):
         for name, service in services.items():
             rates[name]["list"].append(rate(service, "/api/v1/posts"))
-            rates[name]["one post"].append(rate(service, f"/api/v1/posts/{post}"))
-            script = service.folder / "create.lua"
-            rates[name]["create"].append(rate(service, "/api/v1/posts", f"-s{script}"))
+            rates[name]["one post"].append(rate(service, "/api/v1/posts/1"))
+            create = f"-s{service.folder}/create.lua"
+            rates[name]["create"].append(rate(service, "/api/v1/posts", create))
     print()
     for name, found in rates.items():
         first = rates["one, SQLite"]
@@ -4801,8 +4803,6 @@ def test_a_column_is_added_as_readme_shows(
     start: Callable[..., Service], tmp_path: Path, database: str
 ) -> None:
     pytest.importorskip("alembic")
-    if database == "postgresql" and not POSTGRES:
-        pytest.skip("TEST_DATABASE_URL is not set")
     service = start(database=database)
     person = sign_up(service)
     before, age, after = (HERE / "main.py").read_text().partition("    age: Age = None\n")
