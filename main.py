@@ -14,10 +14,22 @@ Read it from top to bottom: nothing is used above the line that defines it.
     Live events   a log that listeners follow
     Mail          sent in the background
     Dependencies  who is asking, and may they?
-    Routes        accounts and tokens, users, posts, comments, live, health and docs
+    Routes        accounts and tokens, users, posts, comments, live
+    Pages         health, docs, and a page to try it all on, with people and posts for a demo
     Front door    what every request passes
     Assembly      the parts put together, and the server
 """
+
+# For `uv run main.py`, the same as in requirements.txt:
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "fastapi==0.165.0", "starlette==1.10.0", "uvicorn[standard]==0.54.0", "bcrypt==5.0.0",
+#     "sqlmodel[asyncio]==0.0.50", "SQLAlchemy==2.1.9", "aiosqlite==0.22.1", "pydantic==2.14.3",
+#     "pydantic-settings==2.16.3", "python-jose==3.5.0", "python-multipart==0.0.34",
+#     "email-validator==2.4.0", "fastapi-swagger==0.4.64",
+# ]
+# ///
 
 import asyncio
 import base64
@@ -47,6 +59,8 @@ from ipaddress import IPv6Address, ip_address
 from math import ceil
 from multiprocessing import parent_process
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from time import perf_counter, sleep
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -59,12 +73,13 @@ from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, R
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
+from pydantic.json_schema import Examples
 from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -138,9 +153,9 @@ def redis_client(url: str) -> Any:
 
 
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
-Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
+Email = Annotated[str, EmailRules, AfterValidator(plain_email), Examples(["dora@example.com"])]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
-Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
+Password = Annotated[str, PasswordRules, AfterValidator(uncommon), Examples(["correct horse"])]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
 Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
@@ -177,6 +192,7 @@ class Settings(BaseSettings):
     mail_from: Email | None = None
     admin_email: Email | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    demo: bool = False
 
     @field_validator("forwarded_allow_ips", "cors_origins", mode="before")
     @classmethod
@@ -191,6 +207,12 @@ class Settings(BaseSettings):
             raise ValueError("CORS_ORIGINS='*': is refused in production")
         if (self.first_superuser_email is None) != (self.first_superuser_password is None):
             raise ValueError("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
+        if self.demo and (self.production or self.workers > 1):
+            raise ValueError("DEMO=True: is refused in production and with several WORKERS")
+        if self.demo and "database_url" in self.model_fields_set:
+            raise ValueError("DATABASE_URL: goes not with DEMO, which has a database of its own")
+        if self.demo:  # removed again when the service ends
+            self.database_url = f"sqlite+aiosqlite:///{mkdtemp(prefix='nutshell-')}/demo.db"
         return self
 
     @property
@@ -365,6 +387,12 @@ class Problem(BaseModel):
     request_id: str
 
 
+def errors(*statuses: int) -> Any:
+    """To /docs: the refusals of a route. What all routes of a group refuse is said at the end."""
+    codes = {s: [code for code, (status, _) in REFUSALS.items() if status == s] for s in statuses}
+    return {s: {"model": Problem, "description": " or ".join(codes[s])} for s in statuses}
+
+
 async def on_refusal(request: Request, error: Any) -> Response:
     """Our own refusals, and those of Starlette and FastAPI: 400, 404, 405."""
     code = getattr(error, "code", HTTPStatus(error.status_code).name)
@@ -401,17 +429,18 @@ async def on_database_error(request: Request, error: Any) -> Response:
 # what may come in, Public and Read what goes out. Each constraint is written once, as a named type.
 
 OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
-WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
-Name = Annotated[str | None, Field(max_length=100), OneLine]
-Age = Annotated[int | None, Field(ge=1, le=149)]
-Bio = Annotated[str | None, Field(max_length=2_000), StringConstraints(pattern=TEXT)]
-AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress]
+Url = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
+Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
+Text, NotBlank = StringConstraints(pattern=TEXT), StringConstraints(pattern=NOT_BLANK)
+Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
+Age = Annotated[int | None, Field(ge=1, le=149), Examples([36])]
+Bio = Annotated[str | None, Field(max_length=2_000), Text, Examples(["I keep bees."])]
+AvatarUrl = Annotated[str | None, Field(max_length=500), Url, Examples(["https://example.com/me"])]
 Role = Literal["user", "admin"]
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Title = Annotated[str, Field(min_length=1, max_length=255), OneLine]
-Content = Annotated[str, Field(max_length=100_000), StringConstraints(pattern=NOT_BLANK)]
-Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
-CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed]
+Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
+Content = Annotated[str, Field(max_length=100_000), NotBlank, Examples(["They hum."])]
+CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed, Examples(["Mine too."])]
 Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
 SESSION_LIFE = timedelta(days=settings.refresh_token_expire_days)
 Item = TypeVar("Item")
@@ -424,6 +453,11 @@ class Stored(SQLModel):
 
     id: int = Field(default=None, primary_key=True)
     created_at: datetime = Field(default_factory=now)
+
+
+def example(fields: dict[str, str]) -> Any:
+    """What /docs sends if nobody changes it, where the examples above do not fit together."""
+    return {"json_schema_extra": {"examples": [fields]}}
 
 
 class Body(SQLModel):
@@ -448,17 +482,23 @@ class Person(Body):
 
 
 class UserCreate(Person):
+    model_config = example({"email": "dora@example.com", "password": "correct horse"})
+
     email: Email
     password: Password
 
 
 class UserCreateByAdmin(UserCreate):
+    model_config = example({"email": "emil@example.com", "password": "correct horse"})
+
     role: Role = "user"
     is_active: bool = True
 
 
 class UserUpdate(Person):
     """All may be left out; null clears what may be empty and is refused for the rest."""
+
+    model_config = example({"first_name": "Dora", "bio": "I keep bees."})
 
     bio: Bio = None
     avatar_url: AvatarUrl = None
@@ -539,6 +579,8 @@ class PostCreate(Body):
 
 class PostUpdate(Body):
     """All may be left out. A version that is sent must be the current one."""
+
+    model_config = example({"title": "Bees", "content": "They hum and dance."})
 
     title: Title = Field(default=None)
     content: Content = Field(default=None)
@@ -1382,7 +1424,7 @@ async def add_user(db: AsyncSession, body: UserCreate, send_welcome: bool = True
     return user
 
 
-@auth.post("/register", status_code=201, response_model=UserRead)
+@auth.post("/register", status_code=201, response_model=UserRead, responses=errors(403, 409, 429))
 async def register(body: UserCreate, db: WriteDB) -> User:
     """Make yourself an account."""
     if settings.registration == "closed":
@@ -1390,7 +1432,7 @@ async def register(body: UserCreate, db: WriteDB) -> User:
     return await add_user(db, body)
 
 
-@auth.post("/login")
+@auth.post("/login", responses=errors(401, 429))
 async def login(request: Request, form: LoginForm, db: WriteDB, response: Response) -> Tokens:
     """Sign in: send the email as `username`."""
     email = ""
@@ -1412,7 +1454,7 @@ async def login(request: Request, form: LoginForm, db: WriteDB, response: Respon
     return issue(session, response)
 
 
-@auth.post("/refresh")
+@auth.post("/refresh", responses=errors(401, 429))
 async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: Response) -> Tokens:
     """Trade a refresh token for new tokens. One used before ends the session: it may be stolen."""
     claims = read_token(refresh_token, "refresh")
@@ -1432,7 +1474,7 @@ async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: 
     return issue(session, response)
 
 
-@auth.post("/logout", status_code=204)
+@auth.post("/logout", status_code=204, responses=errors(401, 429))
 async def logout(session: CurrentSession, db: WriteDB, everywhere: bool = False) -> None:
     """End this session, or all of your sessions."""
     mine, this = col(LoginSession.user_id) == session.user_id, col(LoginSession.id) == session.id
@@ -1440,7 +1482,7 @@ async def logout(session: CurrentSession, db: WriteDB, everywhere: bool = False)
     await db.commit()
 
 
-@auth.get("/verify", response_class=Response)
+@auth.get("/verify", response_class=Response, responses=errors(401, 403))
 async def verify(me: CurrentUser, role: Role | None = None) -> Response:
     """For a proxy that guards another app: who is this, and do they have that role?"""
     if role == "admin" and not me.is_superuser:
@@ -1489,7 +1531,13 @@ async def list_users(asked: AskedUsers, me: CurrentUser, db: ReadDB) -> Page[Any
     return await page_of(db, rows, asked, Page[UserRead] if me.is_superuser else Page[UserPublic])
 
 
-@users.post("", status_code=201, response_model=UserRead, dependencies=[ForSuperusers])
+@users.post(
+    "",
+    status_code=201,
+    response_model=UserRead,
+    responses=errors(403, 409),
+    dependencies=[ForSuperusers],
+)
 async def create_user(body: UserCreateByAdmin, db: WriteDB, send_welcome: bool = False) -> User:
     """Make an account for somebody."""
     return await add_user(db, body, send_welcome)
@@ -1501,7 +1549,7 @@ async def get_me(me: CurrentUser) -> User:
     return me
 
 
-@users.get("/{user}", response_model=UserRead | UserPublic)
+@users.get("/{user}", response_model=UserRead | UserPublic, responses=errors(404))
 async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
     """One user. You yourself and superusers see every field."""
     user = me if user_id == me.id else await db.get(User, user_id)
@@ -1511,7 +1559,7 @@ async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
     return kind.model_validate(user)
 
 
-@users.patch("/{user}", response_model=UserRead)
+@users.patch("/{user}", response_model=UserRead, responses=errors(403, 404, 409))
 async def update_user(user_id: OwnId, body: UserUpdate, this: CurrentSession, db: WriteDB) -> User:
     """Change the fields that are sent. Your own email or password needs `current_password`."""
     me, own, sent = this.user, user_id == this.user_id, body.model_fields_set
@@ -1533,7 +1581,7 @@ async def update_user(user_id: OwnId, body: UserUpdate, this: CurrentSession, db
     return user
 
 
-@users.delete("/{user}", status_code=204)
+@users.delete("/{user}", status_code=204, responses=errors(403, 404, 409))
 async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     """Delete a user and everything they own."""
     if user_id == me.id:
@@ -1598,7 +1646,7 @@ async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostR
     return Page[PostRead].model_validate({"items": items, "size": asked.size})
 
 
-@posts.post("", status_code=201, response_model=PostRead)
+@posts.post("", status_code=201, response_model=PostRead, responses=errors(409))
 async def create_post(body: PostCreate, me: CurrentUser, db: WriteDB, response: Response) -> Post:
     """Write a post: a draft, if you do not publish it at once."""
     post = Post.model_validate(body, update={"author_id": me.id})
@@ -1611,14 +1659,14 @@ async def create_post(body: PostCreate, me: CurrentUser, db: WriteDB, response: 
     return post
 
 
-@posts.get("/{post_id}", response_model=PostRead, openapi_extra=ForAnyone)
+@posts.get("/{post_id}", response_model=PostRead, responses=errors(404), openapi_extra=ForAnyone)
 async def get_post(post: VisiblePost) -> Post:
     """One post; a draft is there for its author and superusers alone."""
     return post
 
 
-@posts.put("/{post_id}", response_model=PostRead)
-@posts.patch("/{post_id}", response_model=PostRead)
+@posts.put("/{post_id}", name="put_post", response_model=PostRead, responses=errors(403, 404, 409))
+@posts.patch("/{post_id}", response_model=PostRead, responses=errors(403, 404, 409))
 async def update_post(post: OwnPost, body: PostUpdate, db: WriteDB) -> Post:
     """Change the fields that are sent. With `version` only if nobody was faster."""
     if body.version not in (None, post.version):
@@ -1630,7 +1678,7 @@ async def update_post(post: OwnPost, body: PostUpdate, db: WriteDB) -> Post:
     return post
 
 
-@posts.delete("/{post_id}", status_code=204)
+@posts.delete("/{post_id}", status_code=204, responses=errors(403, 404))
 async def delete_post(post: OwnPost, db: WriteDB) -> None:
     """Delete a post and its comments."""
     await db.delete(post)
@@ -1638,7 +1686,7 @@ async def delete_post(post: OwnPost, db: WriteDB) -> None:
     await announce("post.deleted", post, {"id": post.id})
 
 
-@posts.post("/{post_id}/publish", response_model=PostRead)
+@posts.post("/{post_id}/publish", response_model=PostRead, responses=errors(403, 404))
 async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
     """Publish your draft. There is no way back; doing it twice changes nothing."""
     if post.author_id != me.id:
@@ -1662,7 +1710,12 @@ async def list_comments(post: VisiblePost, asked: AskedPage, db: ReadDB) -> Page
     return await page_of(db, rows, asked, Page[CommentRead])
 
 
-@comments.post("/posts/{post_id}/comments", status_code=201, response_model=CommentRead)
+@comments.post(
+    "/posts/{post_id}/comments",
+    status_code=201,
+    response_model=CommentRead,
+    responses=errors(409),
+)
 async def add_comment(post: HeldPost, body: CommentCreate, me: CurrentUser, db: WriteDB) -> Comment:
     """Comment on a post that you see."""
     comment = Comment.model_validate(body, update={"author_id": me.id, "post_id": post.id})
@@ -1673,7 +1726,7 @@ async def add_comment(post: HeldPost, body: CommentCreate, me: CurrentUser, db: 
     return comment
 
 
-@comments.delete("/comments/{comment_id}", status_code=204)
+@comments.delete("/comments/{comment_id}", status_code=204, responses=errors(403))
 async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
     """Delete a comment of yours, or on your post."""
     comment = await db.get(Comment, comment_id)
@@ -1821,12 +1874,6 @@ async def health() -> dict[str, str]:
     return {"status": "healthy"}
 
 
-@pages.head("/", include_in_schema=False)
-@pages.get("/")
-async def root() -> dict[str, str]:
-    return {"status": "ok"}
-
-
 async def swagger_ui() -> Response:
     """Its scripts come from a package, so that it works without a network; else from a CDN."""
     files: dict[str, Any] = {}
@@ -1834,7 +1881,233 @@ async def swagger_ui() -> Response:
         files["swagger_js_url"] = "/docs/swagger-ui-bundle.js"
         files["swagger_css_url"] = "/docs/swagger-ui.css"
         files["swagger_favicon_url"] = "/docs/favicon-32x32.png"
+    files["swagger_ui_parameters"] = {"persistAuthorization": True, "tryItOutEnabled": True}
     return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **files)
+
+
+# --- Demo -----------------------------------------------------------------------------------------
+# The page that a browser gets: all of it stands here and comes from here. What people wrote is only
+# ever shown as text, and the page may ask nobody but us; `policy` makes sure of both.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Nutshell</title><link rel="icon" href="data:,">
+<style nonce="NONCE">
+  :root { color-scheme: light dark; --nut: light-dark(#85480f, #f0b566); --line: #9a8a7877;
+    --paper: light-dark(#f8f3ec, #191512); --card: light-dark(#fff, #26201b) }
+  * { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere }
+  body { padding: 1em; background: var(--paper); font: clamp(16px, 1.1vw, 26px)/1.5 system-ui }
+  header, form { display: flex; flex-wrap: wrap; gap: .6em; align-items: center }
+  main { margin-top: 1em; display: grid; gap: 1em;
+    grid: auto / repeat(auto-fit, minmax(min(100%, 21em), 1fr)) }
+  section { display: grid; gap: 1em; align-content: start; min-width: 0; padding: 1em }
+  section, input, textarea, button { border: 1px solid var(--line); border-radius: .5em;
+    background: var(--card); color: inherit }
+  h1, h2, a, b { font-weight: 600; color: var(--nut) } h1 { font-size: 2em } h2 { outline: 0 }
+  label, input, textarea { width: 100% } input, textarea, button { padding: .5em .8em }
+  button { background: var(--nut); color: var(--card); cursor: pointer }
+  ul { padding-left: 1.2em } ul:empty::after { content: "Nothing yet" }
+  p, pre, li { white-space: pre-wrap }
+  pre { font: .8em/1.5 ui-monospace, monospace; max-height: 45vh; overflow: auto }
+  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap;
+    vertical-align: bottom; -webkit-text-security: disc }  /* a secret is copied, but not shown */
+  .in .guests, .out .members, [hidden] { display: none }
+</style>
+<body class="out">
+<header><h1>Nutshell</h1> <a href="/docs">All calls</a> <span id="live" role="status"></span>
+  <form id="leave" class="members">You are <b id="me"></b> <button>Sign out</button></form></header>
+<p id="note" role="status">HINT</p>
+<main><section aria-label="Posts">
+  <form id="sign" class="guests">
+    <label>Email <input name="email" type="email" required autocomplete="email"></label>
+    <label>Password <input name="password" type="password" required minlength="8"
+      autocomplete="current-password"></label>
+    <label>First name, if you are new <input name="first_name" maxlength="100"></label>
+    <button>Sign in</button> <button value="new">Sign up</button></form>
+  <form id="write" class="members">
+    <label>Title <input name="title" required maxlength="255"></label>
+    <label>Text <textarea name="content" required rows="3"></textarea></label>
+    <button>Save as draft</button> <button value="publish">Publish</button></form>
+  <ul id="posts"></ul>
+</section><section id="one" hidden aria-labelledby="title">
+  <h2 id="title" tabindex="-1"></h2><p id="by"></p><p id="content"></p>
+  <form id="publish" hidden><button>Publish this draft</button></form>
+  <ul id="comments" aria-label="Comments"></ul>
+  <form id="comment" class="members"><label>Your comment
+    <input name="text" required maxlength="500"></label> <button>Send</button></form>
+</section><section aria-labelledby="last"><h2 id="last">The last call, and its answer</h2>
+  <pre id="call" tabindex="0"></pre><pre id="answer" tabindex="0"></pre></section></main>
+<script nonce="NONCE">
+const SECRET = /((?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+)/;
+const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
+const write = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
+const tell = (error) => write({ note: error?.message });
+const keep = (found) => { sessionStorage.tokens = JSON.stringify(tokens = found); };  // by tab
+let tokens = JSON.parse(sessionStorage.tokens ?? null), post, turn = 0, busy = false;
+
+function made(tag, ...inside) {  // append() makes text of what people wrote, never HTML
+  const element = document.createElement(tag);
+  element.append(...inside);
+  return element;
+}
+
+async function call(method, path, body, again = true) {
+  const form = body instanceof URLSearchParams, sent = form ? `${body}` : JSON.stringify(body);
+  const url = `/api/v1${path}`, headers = {}, kind = form ? "x-www-form-urlencoded" : "json";
+  if (tokens) headers.Authorization = `Bearer ${tokens.access_token}`;
+  if (body) headers["Content-Type"] = `application/${kind}`;
+  const answer = await fetch(url, { method, headers, body: sent }), text = await answer.text();
+  if (answer.status === 401 && tokens && again) {  // expired: once more, with a new token or none
+    const old = new URLSearchParams({ refresh_token: tokens.refresh_token });
+    const refused = ({ cause }) => cause === 401 && keep(null);
+    await call("POST", "/auth/refresh", old, false).then(keep, refused);
+    return call(method, path, body, false);
+  }
+  const curl = [`curl -X ${method} ${quoted(location.origin + url)}`];
+  for (const name in headers) curl.push(`-H ${quoted(`${name}: ${headers[name]}`)}`);
+  if (body) curl.push(`-d ${quoted(sent)}`);
+  const found = text && JSON.parse(text), pretty = JSON.stringify(found, null, 2);
+  const said = { call: curl.join(" \\\n  "), answer: `${answer.status} ${pretty}` };
+  if (method !== "GET" || !$("call").textContent) for (const id in said) $(id).replaceChildren(
+    ...said[id].split(SECRET).map((part, at) => at % 2 ? made("b", part) : part));  // odd: it fits
+  if (answer.ok) return found;
+  const wrong = [found.detail].flat().map((e) => e.msg ? `${e.loc.at(-1)}: ${e.msg}` : e);
+  throw Error(wrong.join("\n"), { cause: answer.status });
+}
+
+async function load() {  // of an event we only take that something has changed
+  const mine = ++turn, posts = (await call("GET", "/posts?size=100")).items;
+  const me = tokens && await call("GET", "/users/me");
+  const own = me ? (await call("GET", "/users/me/posts?size=100")).items : [];
+  posts.unshift(...own.filter((one) => !one.is_published));
+  const found = posts.find(({ id }) => location.hash === `#${id}`) ?? posts[0];
+  const below = found ? (await call("GET", `/posts/${found.id}/comments?size=100`)).items : [];
+  if (mine !== turn) return;  // a newer look is under way
+  const focus = document.activeElement.hash;  // of a link, which is replaced
+  $("posts").replaceChildren(...posts.map((one) => made("li",
+    Object.assign(made("a", one.title), { href: `#${one.id}` }),
+    one.is_published ? ` by ${one.author.full_name}` : ", a draft")));
+  $("comments").replaceChildren(
+    ...below.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
+  if (focus) document.querySelector(`a[href="${focus}"]`)?.focus();
+  const by = found && `${found.author.full_name}, ${new Date(found.created_at).toLocaleString()}`;
+  write({ me: me?.full_name, title: found?.title, by, content: found?.content });
+  $("one").hidden = !found;
+  $("publish").hidden = found?.is_published;
+  document.body.className = me ? "in" : "out";
+  post = found;
+}
+
+const actions = {
+  async sign({ email, password, first_name }, isNew) {
+    if (isNew) await call("POST", "/auth/register", { email, password, first_name });
+    keep(await call("POST", "/auth/login", new URLSearchParams({ username: email, password })));
+  },
+  async write(fields, publish) {
+    location.hash = (await call("POST", "/posts", { ...fields, is_published: !!publish })).id;
+  },
+  publish: () => call("POST", `/posts/${post.id}/publish`),
+  comment: (fields) => call("POST", `/posts/${post.id}/comments`, fields),
+  leave: () => call("POST", "/auth/logout").finally(() => keep(null)),
+};
+document.onsubmit = async (event) => {
+  event.preventDefault();
+  const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
+  if (busy) return;
+  busy = true;
+  const done = actions[target.id](fields, submitter.value).then(() => target.reset());
+  await done.then(load).then(tell, tell);
+  busy = false;
+  if (!target.checkVisibility()) $("title").focus();  // it had the focus, and has gone
+};
+window.onhashchange = () => load().then(() => $("title").focus(), tell);
+
+function listen() {
+  const stream = new EventSource("/api/v1/events");
+  const hear = ({ type }) => { write({ live: `Events: ${type}` }); load().catch(tell); };
+  for (const type of ["open", "post.published", "post.updated", "post.deleted", "comment.created",
+    "comment.deleted"]) stream.addEventListener(type, hear);
+  stream.onerror = () => {
+    write({ live: "Events: reconnecting" });
+    if (stream.readyState === stream.CLOSED) setTimeout(listen, 3000);  // refused: it gave up
+  };
+}
+listen();
+</script>
+"""
+DEMO_PASSWORD = "correct horse"  # noqa: S105
+DEMO_PEOPLE: dict[str, Role] = {"Ann": "user", "Ben": "user", "Cleo": "admin"}
+DEMO_HINT = f"Sign in as ann@, ben@ or (admin) cleo@example.com; the password is {DEMO_PASSWORD}"
+DEMO_POSTS = """
+Ann: Bees in November: They hang in a ball and shiver. Who is cold moves in. | Ben: Who decides?
+Ben: Bread without a tin: Fold it four times, then leave it alone. | Cleo: How long? | Ben: A night.
+Cleo: House rules: Be kind. Whoever signs up may write, and I may delete.
+Ann: A letter from the coast: Fog until ten, then gulls. | Ben: Bring some of both.
+Ben: Reading aloud: This file, from top to bottom, takes an afternoon.
+Ann: Two windows: Open this page twice, and be somebody else in the second. | Cleo: As now!
+Cleo: What is a draft?: A post that nobody sees but its author, and admins, until it is published.
+Ben: The last call: Beside this stands what you did last, as a line for your terminal.
+Ann: Walnuts: Dry them for three weeks, or they go black. | Cleo: Mine did. | Ben: Mine too.
+Cleo: Backups: A copy that was never restored is a wish. | Ann: Ours is tested.
+Ben: Night train: Berth 61, on top. The world is quiet up here. | Ann: Send a picture!
+Ann: Welcome: Sign in and write. Whoever has this page open sees it at once. | Ben: Hello!
+Ann: Not done yet: The story of the walnut that fell up.
+"""
+NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+OURS = "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
+AS_PAGE: Any = {200: {"content": {"text/html": {}}}} | errors(429)  # to /docs
+
+
+@pages.head("/", include_in_schema=False)
+@pages.get("/", response_model=dict[str, str], responses=AS_PAGE)
+async def root(request: Request) -> Response:
+    """For programs a sign of life, for browsers a page to try it all on."""
+    headers = {"Vary": "Accept"}
+    if settings.production or "text/html" not in request.headers.get("accept", ""):
+        return JSONResponse({"status": "ok"}, headers=headers)
+    nonce = secrets.token_urlsafe(16)  # what carries it is ours
+    policy = f"{NOTHING_ELSE}{OURS}script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
+    page = PAGE.replace("NONCE", nonce).replace("HINT", DEMO_HINT if settings.demo else "")
+    return HTMLResponse(page, headers=headers | {"Content-Security-Policy": policy})
+
+
+async def fill_demo() -> None:
+    """Three people, twelve posts with what was said below them, and last a draft."""
+    hashed, people = await hash_password(DEMO_PASSWORD), {}
+    for name, role in DEMO_PEOPLE.items():
+        person = {"first_name": name, "email": f"{name}@example.com", "role": role}
+        people[name] = User.model_validate(person | {"hashed_password": hashed})
+    async with AsyncSession(writer) as db:
+        db.add_all(people.values())
+        lines = DEMO_POSTS.strip().splitlines()
+        for left, line in zip(reversed(range(len(lines))), lines, strict=True):
+            await db.flush()  # gives ids to who was added
+            (name, title, content), *said = (part.split(": ") for part in line.split(" | "))
+            when = now() - timedelta(hours=5 * left)
+            post = {"title": title, "content": content, "is_published": left > 0}
+            post |= {"author_id": people[name].id, "created_at": when, "updated_at": when}
+            added = Post.model_validate(post)
+            db.add(added)
+            await db.flush()
+            for name, text in said:
+                comment = {"text": text, "author_id": people[name].id, "post_id": added.id}
+                db.add(Comment.model_validate(comment))
+        await db.commit()
+
+
+def banner(page: str, admins: str) -> str:
+    """What somebody at a terminal wants to know first."""
+    url = make_url(settings.database_url)
+    lines = {
+        "Nutshell": page,
+        "docs": f"{page}/docs",
+        "health": f"{page}/health",
+        "data": os.path.abspath(settings.sqlite_file or "") if settings.sqlite_file else url.host,
+        "admin": admins or "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD",
+        "demo": DEMO_HINT if settings.demo else "",
+        "try": f"curl {page}{API}/posts",
+    }
+    return "\n".join(f"{name:10}{line}" for name, line in lines.items() if line)
 
 
 # --- Front door -----------------------------------------------------------------------------------
@@ -1999,11 +2272,13 @@ def end_streams(usual: Any, number: int, frame: Any) -> None:
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     set_up_logging()
     try:
         await prepare_database()
         signing_key()
+        if settings.demo:
+            await fill_demo()
     except Exception as error:
         reason = str(error).partition("\n")[0]
         log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
@@ -2014,6 +2289,10 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
+    if page := getattr(app.state, "page", None):
+        async with reading() as db:
+            admins = select(User.email).where(User.role == "admin", User.is_active).limit(3)
+            print(banner(page, ", ".join(await db.exec(admins))), flush=True)
     async with in_touch() if settings.redis_url else nullcontext():
         with log_writer.in_thread():
             yield
@@ -2022,19 +2301,15 @@ async def lifespan(app: FastAPI | None) -> AsyncIterator[None]:
             await to_thread.run_sync(mail.join, 1.0, abandon_on_cancel=True)
     await readers.dispose()
     await writer.dispose()
-
-
-async def rehearse() -> None:
-    """With several workers uvicorn itself would end with status 0 when none of them can start."""
-    async with lifespan(None):
-        log.info("The database is ready for %d workers", settings.workers)
+    if settings.demo:
+        rmtree(Path(settings.sqlite_file or "").parent)
 
 
 app = FastAPI(
     title="Nutshell", summary="A complete API service in one file", lifespan=lifespan,
     docs_url=None, redoc_url=None if settings.production else "/redoc",
     openapi_url=None if settings.production else "/openapi.json", redirect_slashes=False,
-    responses={code: {"model": Problem, "description": "Refused"} for code in ("4XX", "5XX")},
+    responses=errors(400, 413, 500, 503), generate_unique_id_function=lambda route: route.name,
     telemetry={"tracing": False, "metrics": False, "logs": False},  # asking for them costs a lot
     middleware=[Middleware(FrontDoor), Middleware(Guard), Middleware(Answers)],
     exception_handlers={
@@ -2042,26 +2317,35 @@ app = FastAPI(
         **dict.fromkeys(DATABASE_ERRORS, on_database_error),
     },
 )  # fmt: skip
-app.include_router(auth, prefix=f"{API}/auth")
-app.include_router(users, prefix=f"{API}/users")
-app.include_router(posts, prefix=f"{API}/posts")
-app.include_router(comments, prefix=API)
-app.include_router(live, prefix=API)
+app.include_router(auth, prefix=f"{API}/auth", responses=errors(422))
+app.include_router(users, prefix=f"{API}/users", responses=errors(401, 422, 429))
+app.include_router(posts, prefix=f"{API}/posts", responses=errors(401, 422, 429))
+app.include_router(comments, prefix=API, responses=errors(401, 404, 422, 429))
+app.include_router(live, prefix=API, responses=errors(401, 422, 429))
 app.include_router(pages)
 if not settings.production:
     app.add_api_route("/docs", swagger_ui, include_in_schema=False)
     if find_spec("fastapi_swagger"):
         app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
 
+
+async def rehearse() -> None:
+    """With several workers uvicorn itself would end with status 0 when none of them can start."""
+    async with lifespan(app):
+        log.info("The database is ready for %d workers", settings.workers)
+
+
 if __name__ == "__main__":
     set_up_logging()
+    if not settings.production:
+        unspecified = getattr(settings.host, "is_unspecified", False)
+        host = "localhost" if unspecified else str(settings.host)
+        app.state.page = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     if settings.workers > 1 and settings.redis_url is None:
         log.warning("Without REDIS_URL limits, events and rooms are those of each process")
     if settings.workers > 1:
         asyncio.run(rehearse())
     proxies = [str(network) for network in settings.forwarded_allow_ips]
-    if not settings.production:
-        print(f"Nutshell will be at http://{settings.host}:{settings.port} - try /docs", flush=True)
     uvicorn.run(
         "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
         timeout_keep_alive=75,  # longer than nginx keeps a connection, or it meets a closed one
