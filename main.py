@@ -389,8 +389,7 @@ class Problem(BaseModel):
 
 def errors(*statuses: int) -> Any:
     """To /docs: the refusals of a route. What all routes of a group refuse is said at the end."""
-    codes = {s: [code for code, (status, _) in REFUSALS.items() if status == s] for s in statuses}
-    return {s: {"model": Problem, "description": " or ".join(codes[s])} for s in statuses}
+    return {s: {"model": Problem, "description": HTTPStatus(s).phrase} for s in statuses}
 
 
 async def on_refusal(request: Request, error: Any) -> Response:
@@ -2016,8 +2015,9 @@ document.onsubmit = async (event) => {
   if (busy) return;
   busy = true;
   const done = actions[target.id](fields, submitter.value).then(() => target.reset());
-  await done.then(load).then(tell, tell);
+  await done.then(tell, tell);
   busy = false;
+  await load().catch(tell);
   if (!target.checkVisibility()) $("title").focus();  // it had the focus, and has gone
 };
 window.onhashchange = () => load().then(() => $("title").focus(), tell);

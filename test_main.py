@@ -41,7 +41,7 @@ from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from email.parser import BytesParser
 from email.policy import default as email_policy
-from functools import partial, partialmethod
+from functools import cache, partial, partialmethod
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@cache
+def documented() -> list[tuple[re.Pattern[str], dict[str, set[int]]]]:
+    """The statuses that /docs names, for each method of each path."""
+    return [
+        (
+            re.compile(re.sub(r"\{\w+\}", "[^/]+", path)),
+            {m.upper(): {int(code) for code in route["responses"]} for m, route in routes.items()},
+        )
+        for path, routes in main_module().app.openapi()["paths"].items()
+    ]
+
+
 def check_answer(response: httpx.Response) -> None:
-    """What holds for every answer: its headers, the shape of errors, no hash in it."""
+    """What holds for every answer: its headers, the shape of errors, no hash in it, and that its
+    status stands in /docs."""
+    request = response.request
+    fits = [methods for path, methods in documented() if path.fullmatch(request.url.path)]
+    if fits and request.method in fits[0] and response.status_code != 304:
+        assert response.status_code in fits[0][request.method], (request.method, request.url)
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", response.headers["x-request-id"])
     assert re.fullmatch(r"\d+\.\d{4}", response.headers["x-process-time"])
     assert response.headers["x-content-type-options"] == "nosniff"
@@ -676,6 +693,10 @@ WRONG_SETTINGS = [
     ({"SMTP_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
     ({"MAIL_FROM": "nobody"}, "MAIL_FROM='nobody': "),
     ({"LOG_LEVEL": "loud"}, "LOG_LEVEL='loud': "),
+    ({"DEMO": "maybe"}, "DEMO='maybe': "),
+    ({"DEMO": "true"} | PRODUCTION, "DEMO=True: is refused in production"),
+    ({"DEMO": "true", "WORKERS": "2"}, "DEMO=True: is refused in production and with several"),
+    ({"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2.db"}, "DATABASE_URL: goes not"),
 ]
 
 
@@ -3877,7 +3898,7 @@ import asyncio, main
 from main import *
 
 async def run():
-    async with main.lifespan(None):
+    async with main.lifespan(main.app):
         async with AsyncSession(writer) as db:
             db.add(User(id=1, email="a@example.com", hashed_password=""))
             db.add(Post(id=1, title="old", content="c", author_id=1, is_published=True))
@@ -3971,7 +3992,7 @@ import asyncio, main
 from main import *
 
 async def run():
-    async with main.lifespan(None):
+    async with main.lifespan(main.app):
         async with AsyncSession(writer, expire_on_commit=False) as db:
             db.add(User(id=1, email="a@example.com", hashed_password=""))
             session = LoginSession(user_id=1)
@@ -4515,7 +4536,7 @@ def test_nothing_secret_and_no_email_is_in_the_log(service: Service) -> None:
     person.api.get("/users?page=1&note=hunter3")
     broken = {"Content-Type": "multipart/form-data; boundary=x"}
     assert service.client.post("/auth/login", content=b"--xhunter5", headers=broken).is_client_error
-    log = service.log_so_far()
+    log = re.sub(r"^admin .*", "", service.log_so_far(), flags=re.MULTILINE)  # of the banner
     assert "oundary" not in log  # what python_multipart says of it
     assert "SELECT" in log
     assert "INSERT" in log
@@ -4655,6 +4676,523 @@ print(len(main.log_writer.lines))
     assert run_beside_main(script, tmp_path) == "10000\n"
 
 
+# --- The first five minutes -----------------------------------------------------------------------
+
+
+DEMO: dict[str, Any] = {
+    "DEMO": "true",
+    "DATABASE_URL": "unset",
+    "SECRET_KEY": "unset",
+    "FIRST_SUPERUSER_EMAIL": "unset",
+    "FIRST_SUPERUSER_PASSWORD": "unset",
+}
+POLICY = "content-security-policy"
+HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("demo"), **DEMO)
+    yield running
+    running.stop()
+
+
+def banner_of(service: Service) -> dict[str, str]:
+    """What was printed at the start, by the words in front."""
+    known = re.findall(
+        r"^(Nutshell|docs|health|data|admin|demo|try) +(.*)$",
+        service.log.read_text(),
+        re.MULTILINE,
+    )
+    lines = dict(known)
+    assert len(lines) == len(known)
+    return lines
+
+
+def test_the_banner_says_where_all_is_and_who_is_admin(start: Callable[..., Service]) -> None:
+    everywhere = {"HOST": "0.0.0.0"}  # noqa: S104
+    service = start(DATABASE_URL="unset", FIRST_SUPERUSER_EMAIL="Boss@b.co", **everywhere)
+    lines = banner_of(service)
+    assert lines == {
+        "Nutshell": f"http://localhost:{service.port}",
+        "docs": f"http://localhost:{service.port}/docs",
+        "health": f"http://localhost:{service.port}/health",
+        "data": str((service.folder / "app.db").resolve()),
+        "admin": "boss@b.co",
+        "try": f"curl http://localhost:{service.port}/api/v1/posts",
+    }
+    for name in ("Nutshell", "docs", "health"):
+        assert service.client.get(lines[name]).status_code == 200
+    assert (service.folder / "app.db").exists()
+    ran = subprocess.run(shlex.split(lines["try"]), capture_output=True, check=True)
+    assert json.loads(ran.stdout)["items"] == []
+
+
+def test_the_banner_tells_how_to_name_an_admin(start: Callable[..., Service]) -> None:
+    service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
+    told = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
+    assert banner_of(service)["admin"] == told
+
+
+def test_the_banner_writes_an_ipv6_address_as_a_browser_takes_it(tmp_path: Path) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    settings = environment({"HOST": "::1", "PORT": str(free_port())})
+    log = tmp_path / "log"
+    running = Forked(MAIN[1:], tmp_path, settings, log, log)
+    address = f"http://[::1]:{settings['PORT']}"
+    eventually(lambda: log.exists() and f"running on {address}" in log.read_text(), 20)
+    assert f"Nutshell  {address}\n" in log.read_text()
+    assert httpx.get(f"{address}/health", verify=NO_TLS).status_code == 200
+    running.terminate()
+    running.wait(10)
+
+
+def test_the_banner_hides_the_password_of_postgresql(start: Callable[..., Service]) -> None:
+    service = start(database="postgresql")
+    server = urlsplit(service.settings["DATABASE_URL"])
+    assert banner_of(service)["data"] == f"{server.hostname}, database {server.path[1:]}"
+
+
+@pytest.mark.slow
+def test_the_banner_is_printed_once_by_several_workers_and_never_in_production(
+    start: Callable[..., Service],
+) -> None:
+    assert banner_of(start(WORKERS="2"))["admin"] == ADMIN["username"]
+    assert banner_of(start(command=MAIN, **PRODUCTION)) == {}
+    assert banner_of(start(command=UVICORN)) == {}  # which does not tell where it listens
+
+
+def test_the_demo_has_people_posts_comments_and_a_draft(demo: Service) -> None:
+    lines = banner_of(demo)
+    assert lines["admin"] == "cleo@example.com"
+    names = re.findall(r"\w+(?=@)", lines["demo"])
+    password = lines["demo"].rpartition("the password is ")[2]
+    ann, ben, cleo = (sign_in(demo, f"{name}@example.com", password) for name in names)
+    roles = [p.api.get("/users/me").json()["role"] for p in (ann, ben, cleo)]
+    assert roles == ["user", "user", "admin"]
+    assert cleo.api.get("/users").json()["total"] >= 3
+    posts = [p for p in demo.client.get("/posts?size=100").json()["items"] if p["id"] < 13]
+    assert [post["id"] for post in posts] == list(range(12, 0, -1))
+    assert {post["author"]["full_name"] for post in posts} == {"Ann", "Ben", "Cleo"}
+    times = [post["created_at"] for post in posts]
+    assert times == sorted(times, reverse=True)
+    assert sum(demo.client.get(f"/posts/{n}/comments").json()["total"] for n in range(1, 13)) >= 10
+    drafts = [p for p in ann.api.get("/users/me/posts").json()["items"] if not p["is_published"]]
+    assert [post["id"] for post in drafts] == [13]
+
+
+def test_the_demo_is_new_at_every_start_and_leaves_nothing_behind(
+    start: Callable[..., Service],
+) -> None:
+    service = start(**DEMO)
+    first = Path(banner_of(service)["data"])
+    assert first.exists()
+    assert service.folder not in first.parents
+    assert register(service).status_code == 201
+    assert service.stop() in (0, -signal.SIGTERM)
+    assert not first.parent.exists()
+    service.log.unlink()
+    service.start()
+    assert (
+        sign_in(service, "cleo@example.com", "correct horse").api.get("/users").json()["total"] == 3
+    )
+    assert Path(banner_of(service)["data"]) != first
+    assert [file.name for file in service.folder.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "application/json", "text/plain"])
+def test_programs_get_json_at_the_root(demo: Service, accept: str | None) -> None:
+    headers = {"Accept": accept} if accept else {}
+    answer = demo.client.get(demo.address, headers=headers)
+    assert answer.json() == {"status": "ok"}
+    assert answer.headers["vary"] == "Accept"
+
+
+def test_a_browser_gets_a_page_that_may_ask_nobody_else(demo: Service) -> None:
+    first, second, head = (
+        demo.client.request(method, demo.address, headers=HTML) for method in ("GET", "GET", "HEAD")
+    )
+    assert first.headers["content-type"] == "text/html; charset=utf-8"
+    assert first.headers["vary"] == "Accept"
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == first.headers["content-type"]
+    (nonce,) = {*re.findall('nonce="(.+?)"', first.text)}
+    assert len(nonce) >= 22
+    assert nonce not in second.text
+    policy = dict(part.strip().split(" ", 1) for part in first.headers[POLICY].split(";"))
+    assert policy == {
+        "default-src": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "script-src": f"'nonce-{nonce}'",
+        "style-src": f"'nonce-{nonce}'",
+        "require-trusted-types-for": "'script'",
+    }
+    assert "http" not in first.text
+
+
+def test_in_production_there_is_no_page(start: Callable[..., Service]) -> None:
+    service = start(**PRODUCTION)
+    assert service.client.get(service.address, headers=HTML).json() == {"status": "ok"}
+
+
+class Browser:
+    """Chromium without a window, told what to do over its DevTools protocol. It finds no host but
+    this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        options += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+        options += [f"--user-data-dir={folder}", "--remote-debugging-port=0"]
+        self.process = subprocess.Popen(
+            [str(CHROMIUM), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        processes.append(self.process)
+        told = folder / "DevToolsActivePort"
+        eventually(lambda: told.exists() and len(told.read_text().split()) == 2, 30)
+        port, path = told.read_text().split()
+        self.stack = contextlib.ExitStack()
+        address = f"ws://127.0.0.1:{port}{path}"
+        self.socket = self.stack.enter_context(connect(address, max_size=None))
+        self.numbers = count(1)
+        self.events: list[dict[str, Any]] = []
+
+    def call(self, method: str, session: str | None = None, **named: Any) -> dict[str, Any]:
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": named}
+        self.socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
+        while (got := json.loads(self.socket.recv(timeout=30))).get("id") != number:
+            self.events.append(got)
+        assert "error" not in got, got
+        return dict(got["result"])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.stack.close()
+
+
+class Window:
+    """One window, with a storage of its own. It keeps what it asked for, and what went wrong."""
+
+    def __init__(self, browser: Browser, address: str, **shape: Any) -> None:
+        self.browser = browser
+        storage = browser.call("Target.createBrowserContext")
+        target = browser.call("Target.createTarget", url="about:blank", **storage)
+        attached = browser.call("Target.attachToTarget", **target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Log", "Network", "Page", "Runtime"):
+            self.call(f"{domain}.enable")
+        shape = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False} | shape
+        self.call("Emulation.setDeviceMetricsOverride", **shape)
+        self.call("Page.navigate", url=address)
+
+    def call(self, method: str, **named: Any) -> dict[str, Any]:
+        return self.browser.call(method, self.session, **named)
+
+    def do(self, script: str) -> Any:
+        wanted = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        got = self.call("Runtime.evaluate", expression=script, **wanted)
+        assert "exceptionDetails" not in got, got
+        return got["result"].get("value")
+
+    def text(self) -> str:
+        return " ".join(self.do("document.body?.innerText ?? ''").split())
+
+    def see(self, *texts: str, seconds: float = 10) -> None:
+        try:
+            eventually(lambda: all(text in self.text() for text in texts), seconds)
+        except AssertionError:
+            raise AssertionError(f"{texts} is not in: {self.text()}") from None
+
+    def find(self, kind: str, name: str) -> str:
+        """A script for the one visible thing of that name."""
+        fits = f"(e) => e.checkVisibility() && e.innerText.trim() === {json.dumps(name)}"
+        return f"[...document.querySelectorAll({json.dumps(kind)})].filter({fits})[0]"
+
+    def fill(self, label: str, text: str) -> None:
+        eventually(lambda: self.do(f"!!{self.find('label', label)}"))
+        self.do(f"{self.find('label', label)}.control.focus()")
+        self.call("Input.insertText", text=text)
+
+    def press(self, name: str) -> None:
+        eventually(lambda: self.do(f"!!{self.find('a, button', name)}"))
+        self.do(f"{self.find('a, button', name)}.click()")
+
+    def key(self, key: str, text: str = "") -> None:
+        code = {"Tab": 9, "Enter": 13}[key]
+        for kind in ("keyDown", "keyUp"):
+            named = {"type": kind, "key": key, "windowsVirtualKeyCode": code, "text": text}
+            self.call("Input.dispatchKeyEvent", **named)
+
+    def heard(self, *methods: str) -> list[dict[str, Any]]:
+        self.do("1")  # all that was sent before this
+        found = [e for e in self.browser.events if e.get("sessionId") == self.session]
+        return [e["params"] for e in found if e["method"] in methods]
+
+    def asked(self) -> list[str]:
+        urls = [e["request"]["url"] for e in self.heard("Network.requestWillBeSent")]
+        return [url for url in urls if not url.startswith("data:")]
+
+    def complaints(self) -> list[Any]:
+        said = [e["entry"] for e in self.heard("Log.entryAdded")]
+        said = [entry for entry in said if entry["level"] in ("warning", "error")]
+        return said + self.heard("Runtime.exceptionThrown", "Page.javascriptDialogOpening")
+
+    def sign_up(self, name: str) -> str:
+        email = new_email()
+        self.fill("Email", email)
+        self.fill("Password", PASSWORD)
+        self.fill("First name, if you are new", name)
+        self.press("Sign up")
+        self.see(f"You are {name}")
+        return email
+
+    def write(self, title: str, content: str, how: str = "Publish") -> None:
+        self.fill("Title", title)
+        self.fill("Text", content)
+        self.press(how)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed")
+    running = Browser(tmp_path_factory.mktemp("chromium"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def windows(browser: Browser, demo: Service) -> Iterator[Callable[..., Window]]:
+    """Opens windows on the page. Whatever happens in them, nobody else is asked for anything."""
+    opened: list[Window] = []
+
+    def open_one(path: str = "/", **shape: Any) -> Window:
+        opened.append(Window(browser, demo.address + path, **shape))
+        return opened[-1]
+
+    yield open_one
+    for window in opened:
+        assert all(url.startswith(demo.address) for url in window.asked()), window.asked()
+
+
+@pytest.mark.slow
+def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Window]) -> None:
+    mine, theirs = windows(), windows()
+    theirs.see("Events: open", "Welcome by Ann")
+    mine.sign_up("Dora")
+    mine.write("Bees & ants", "They hum.\nThey dance.", "Save as draft")
+    mine.see("Bees & ants, a draft", "They hum. They dance.")
+    mine.press("Publish this draft")
+    mine.see("Bees & ants by Dora")
+    theirs.see("Events: post.published", "Bees & ants by Dora")
+    theirs.press("Bees & ants")
+    theirs.see("They hum. They dance.")
+    mine.fill("Your comment", "Mine too.")
+    mine.key("Enter", "\r")
+    mine.see("Dora Mine too.", '"text": "Mine too."')
+    theirs.see("Events: comment.created", "Dora Mine too.")
+    assert "Your comment" not in theirs.text()
+    mine.press("Sign out")
+    mine.see("Sign up")
+    assert "You are" not in mine.text()
+    assert mine.complaints() + theirs.complaints() == []
+
+
+@pytest.mark.slow
+def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None:
+    """The policy would stop a script, but there is nothing to stop: it stays text."""
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    mine, theirs = windows(), windows()
+    mine.sign_up(evil)
+    mine.write(evil, evil)
+    mine.fill("Your comment", evil)
+    mine.press("Send")
+    for window in (mine, theirs):
+        window.see(f"{evil} by {evil}", f"{evil} {evil}")
+        assert window.do("document.querySelectorAll('main img, main script').length") == 0
+        assert window.complaints() == []
+
+
+@pytest.mark.slow
+def test_the_policy_of_the_page_stops_what_is_foreign(
+    browser: Browser, demo: Service, start: Callable[..., Service]
+) -> None:
+    """Had a script got in, it could make no HTML, load no script, and tell nobody else."""
+    other = start()
+    window = Window(browser, demo.address)
+    window.see("Events: open")
+    for forbidden in (
+        "document.body.innerHTML = 'x'",
+        f"document.createElement('script').src = '{other.address}/script'",
+        "document.createElement('script').textContent = 'x'",
+    ):
+        attempt = f"(() => {{ try {{ {forbidden} }} catch (error) {{ return error.message }} }})()"
+        assert "Trusted" in window.do(attempt)
+    ask = f"fetch('{other.address}/fetched').catch((error) => error.message)"
+    assert window.do(ask) == "Failed to fetch"
+    window.do(
+        "new Promise((done) => Object.assign(new Image(),"
+        f" {{ onerror: done, src: '{other.address}/image' }})).then(() => true)"
+    )
+    assert not re.search("/(script|fetched|image)", other.log_so_far())
+
+
+@pytest.mark.slow
+def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
+    windows: Callable[..., Window], demo: Service
+) -> None:
+    window = windows()
+    window.sign_up("Dora")
+    window.call("Page.reload")
+    window.see("You are Dora")
+    expired = "sessionStorage.tokens = JSON.stringify({ ...tokens, access_token: 'e.x.pired' })"
+    window.do(f"{expired}; tokens = JSON.parse(sessionStorage.tokens)")
+    before = len(window.asked())
+    window.write("With an old token", "It works.")
+    window.see("With an old token by Dora")
+    asked = [url.removeprefix(demo.address) for url in window.asked()[before:]]
+    assert asked[:3] == ["/api/v1/posts", "/api/v1/auth/refresh", "/api/v1/posts"]
+    assert asked.count("/api/v1/auth/refresh") == 1
+    window.call("Page.reload")
+    window.see("You are Dora")
+    window.do("tokens = { access_token: 'e.x.pired', refresh_token: 'e.x.pired' }")
+    window.write("With no session", "It fails.")
+    window.see("The token is missing, malformed, expired or revoked", "Sign up")
+    window.see("With an old token by Dora")
+
+
+@pytest.mark.slow
+def test_the_last_call_is_shown_as_a_command_that_does_the_same(
+    windows: Callable[..., Window], demo: Service
+) -> None:
+    """Secrets are dots to the eye, and whole when they are copied."""
+    window = windows()
+    window.see("curl -X GET", f"{demo.address}/api/v1/posts?size=100", '"title": "Welcome"')
+
+    def copied(which: str) -> str:
+        return str(window.do(f"document.getElementById('{which}').textContent"))
+
+    def shown(which: str) -> str:
+        return str(window.do(f"document.getElementById('{which}').innerText"))
+
+    def run() -> dict[str, Any]:
+        ran = subprocess.run(
+            ["bash", "-c", f"{copied('call')} -s"], capture_output=True, check=True
+        )
+        return dict(json.loads(ran.stdout))
+
+    window.sign_up("Dora")
+    assert PASSWORD.replace(" ", "+") in copied("call")
+    assert PASSWORD.replace(" ", "+") not in shown("call")
+    assert len(re.findall(r"eyJ", copied("answer"))) >= 2
+    assert "eyJ" not in shown("answer")
+    assert run().keys() == {"access_token", "refresh_token", "token_type", "expires_in"}
+    window.write('It\'s "quoted" \\ $HOME `id`', "A\n'text'")
+    window.see("$HOME `id` by Dora")
+    assert "eyJ" not in shown("call")
+    again, first = run(), json.loads(copied("answer").partition(" ")[2])
+    assert again["title"] == first["title"] == 'It\'s "quoted" \\ $HOME `id`'
+    assert again["content"] == first["content"] == "A\n'text'"
+    assert again["id"] != first["id"]
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_told(windows: Callable[..., Window], demo: Service) -> None:
+    window = windows()
+    window.see("Events: open")
+    window.fill("Email", "ann@example.com")
+    window.fill("Password", "no such horse")
+    window.press("Sign in")
+    window.see("The email or the password is wrong")
+    assert window.do("document.querySelector('[name=email]').value") == "ann@example.com"
+    window.press("Sign up")
+    window.see("There is an account with this email")
+    window.do("document.querySelector('[name=password]').value = 'iloveyou'")
+    window.press("Sign up")
+    window.see("password: Value error, is among the passwords that are guessed first")
+
+
+@pytest.mark.slow
+def test_the_page_comes_back_after_a_restart(
+    browser: Browser, start: Callable[..., Service]
+) -> None:
+    service = start()
+    ann = sign_up(service, first_name="Ann")
+    window = Window(browser, service.address)
+    window.see("Events: open", '"total": 0')
+    service.stop()
+    window.see("Events: reconnecting")
+    service.start()
+    publish(sign_in(service, ann.email), title="Written meanwhile")
+    window.see("Written meanwhile by Ann", "Events: open", seconds=20)
+
+
+@pytest.mark.slow
+def test_the_page_works_by_keyboard_and_names_everything(windows: Callable[..., Window]) -> None:
+    window = windows()
+    window.see("Events: open")
+    for text in ("ann@example.com", "correct horse"):
+        while window.do("document.activeElement.localName") != "input" or window.do(
+            "document.activeElement.value"
+        ):
+            window.key("Tab")
+        window.call("Input.insertText", text=text)
+    window.key("Enter", "\r")
+    window.see("You are Ann")
+    eventually(lambda: window.do("document.activeElement.id") == "title")
+    window.do(f"{window.find('a', 'Night train')}.focus()")
+    window.key("Enter", "\r")
+    window.see("Berth 61")
+    window.call("Accessibility.enable")
+    nodes = window.call("Accessibility.getFullAXTree")["nodes"]
+    roles = ("button", "link", "textbox", "heading", "region", "list", "status")
+    named = [(n["role"]["value"], n["name"]["value"]) for n in nodes if n["role"]["value"] in roles]
+    assert [role for role, name in named if not name and role not in ("status", "list")] == []
+    assert {"Title", "Text", "Your comment"} <= {name for role, name in named if role == "textbox"}
+    assert window.do("document.documentElement.lang") == "en"
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
+    window = windows(width=360, height=700, mobile=True)
+    window.sign_up("Dora")
+    window.write("W" * 200, "https://example.com/" + "x" * 300)
+    window.see("W" * 200)
+    assert window.do("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.slow
+def test_the_docs_work_in_a_browser_without_a_network(
+    windows: Callable[..., Window], demo: Service
+) -> None:
+    window = windows("/docs")
+    routes = sum(len(methods) for methods in main_module().app.openapi()["paths"].values())
+    blocks = "document.querySelectorAll('.opblock').length"
+    eventually(lambda: window.do(blocks) == routes, 20)
+    window.press("Authorize")
+    eventually(lambda: window.do("!!document.querySelector('#oauth_username')"))
+    for field, text in (("username", "ann@example.com"), ("password", "correct horse")):
+        window.do(f"document.querySelector('#oauth_{field}').focus()")
+        window.call("Input.insertText", text=text)
+    window.do("document.querySelector('.auth-btn-wrapper .authorize').click()")
+    eventually(lambda: window.do(f"!!{window.find('.modal-ux button', 'Logout')}"))
+    window.call("Page.reload")
+    eventually(lambda: window.do(blocks) == routes, 20)
+    window.do("document.querySelector('#operations-posts-create_post button').click()")
+    ready = "document.querySelector('#operations-posts-create_post .execute')"
+    eventually(lambda: window.do(f"!!{ready}"))
+    window.do(f"{ready}.click()")
+    window.see('"title": "Bees"', '"full_name": "Ann"')
+    assert window.complaints() == []
+
+
 # --- The file -------------------------------------------------------------------------------------
 
 
@@ -4723,14 +5261,18 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
         "error_code",
         "request_id",
     ]
-    for path, methods in page["paths"].items():
-        for method, route in methods.items():
-            assert route["summary"], (path, method)
-            assert {"4XX", "5XX"} <= route["responses"].keys()
-            for code in ("4XX", "5XX"):
-                schema = route["responses"][code]["content"]["application/json"]["schema"]
+    routes = [route for methods in page["paths"].values() for route in methods.values()]
+    assert len({route["operationId"] for route in routes}) == len(routes) > 20
+    for route in routes:
+        assert re.fullmatch("[a-z]+(_[a-z]+)?(_[a-z]+)?", route["operationId"])
+        assert route["summary"]
+        assert route["description"]
+        assert len(route["tags"]) == 1
+        assert ("401" in route["responses"]) >= ("security" in route)
+        for code, answer in route["responses"].items():
+            if int(code) >= 400:
+                schema = answer["content"]["application/json"]["schema"]
                 assert schema == {"$ref": "#/components/schemas/Problem"}
-            assert "422" not in route["responses"]
     email = page["components"]["schemas"]["UserCreate"]["properties"]["email"]
     assert (email["format"], email["maxLength"]) == ("email", 254)
     verify = page["paths"]["/api/v1/auth/verify"]["get"]["responses"]["200"]
