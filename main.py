@@ -15,7 +15,8 @@ Read it from top to bottom: nothing is used above the line that defines it.
     Mail          sent in the background
     Dependencies  who is asking, and may they?
     Routes        accounts and tokens, users, posts, comments, live
-    Pages         health, docs, and a page to try it all on, with people and posts for a demo
+    Pages         health and docs
+    Demo          a page for browsers, and people and posts to try it with
     Front door    what every request passes
     Assembly      the parts put together, and the server
 """
@@ -1980,14 +1981,16 @@ async function load() {  // of an event we only take that something has changed
   const own = me ? (await call("GET", "/users/me/posts?size=100")).items : [];
   posts.unshift(...own.filter((one) => !one.is_published));
   const found = posts.find(({ id }) => location.hash === `#${id}`) ?? posts[0];
-  const below = found ? (await call("GET", `/posts/${found.id}/comments?size=100`)).items : [];
+  const below = `/posts/${found?.id}/comments?size=100`;
+  let said = found ? await call("GET", below) : { items: [] };
+  if (said.pages > 1) said = await call("GET", `${below}&page=${said.pages}`);
   if (mine !== turn) return;  // a newer look is under way
   const focus = document.activeElement.hash;  // of a link, which is replaced
   $("posts").replaceChildren(...posts.map((one) => made("li",
     Object.assign(made("a", one.title), { href: `#${one.id}` }),
     one.is_published ? ` by ${one.author.full_name}` : ", a draft")));
   $("comments").replaceChildren(
-    ...below.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
+    ...said.items.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
   if (focus) document.querySelector(`a[href="${focus}"]`)?.focus();
   const by = found && `${found.author.full_name}, ${new Date(found.created_at).toLocaleString()}`;
   write({ me: me?.full_name, title: found?.title, by, content: found?.content });

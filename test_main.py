@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1960,7 +1961,7 @@ def test_caddy_guards_an_app_as_readme_shows(service: Service, tmp_path: Path) -
 
 def test_an_app_may_check_tokens_by_itself_as_readme_shows(service: Service) -> None:
     names: dict[str, Any] = {}
-    (shown,) = in_readme("python")
+    (shown,) = (text for text in in_readme("python") if "user_id" in text)
     exec(shown, names)  # noqa: S102
     user_id = names["user_id"]
     person = sign_up(service)
@@ -5282,13 +5283,130 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
 # --- README ---------------------------------------------------------------------------------------
 
 
+def pinned() -> set[str]:
+    """What main.py needs: in requirements.txt all that stands above the tests."""
+    return set((HERE / "requirements.txt").read_text().partition("\n\n# tests")[0].splitlines())
+
+
+def test_main_py_alone_names_what_it_needs() -> None:
+    """The metadata that `uv run` reads, found and parsed as PEP 723 says."""
+    block = r"^# /// (\w+)\n((?:#(?:| .*)\n)+?)# ///$"
+    found = re.findall(block, (HERE / "main.py").read_text(), re.MULTILINE)
+    ((kind, lines),) = found
+    script = tomllib.loads("".join(line[2:] for line in lines.splitlines(keepends=True)))
+    assert kind == "script"
+    assert script["requires-python"] == ">=3.11"
+    assert set(script["dependencies"]) == pinned()
+    assert len(script["dependencies"]) == len(pinned())
+
+
+def starts(command: list[str], folder: Path, **settings: str) -> None:
+    """This command brings up the demo, and a page in it."""
+    port = free_port()
+    env = environment({"PORT": str(port)} | settings)
+    log = folder / "log"
+    with log.open("ab") as file:
+        running = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file)
+    processes.append(running)
+    eventually(lambda: "Uvicorn running" in log.read_text() or running.poll() is not None, 60)
+    page = httpx.get(f"http://127.0.0.1:{port}/api/v1/posts", verify=NO_TLS)
+    assert page.json()["total"] == 12
+    running.terminate()
+    assert running.wait(10) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_uv_runs_a_lone_main_py(tmp_path: Path) -> None:
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not uv or "TEST_NETWORK" not in os.environ:
+        pytest.skip("uv is not installed, or TEST_NETWORK is not set")
+    assert "DEMO=true uv run main.py" in README.read_text()
+    shutil.copy(HERE / "main.py", tmp_path)
+    starts([uv, "run", "--python", sys.executable, "main.py"], tmp_path, DEMO="true")
+
+
+@pytest.mark.slow
+def test_a_class_without_a_network_installs_as_readme_shows(tmp_path: Path) -> None:
+    if "TEST_NETWORK" not in os.environ:
+        pytest.skip("TEST_NETWORK is not set")
+    download, install = (text for text in in_readme("sh") if "wheels" in text)
+    (first,) = (text for text in in_readme("sh") if "DEMO" in text)
+    command = first.splitlines()[-1].removeprefix("DEMO=true ")
+    shutil.copy(HERE / "requirements.txt", tmp_path)
+    shutil.copy(HERE / "main.py", tmp_path)
+    network = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    alone = {name: value for name, value in network.items() if not name.startswith("PIP_")}
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:1")
+    alone |= nowhere | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
+    run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    run(["sh", "-euc", download], env=network)
+    run(["sh", "-euc", install], env=alone)
+    starts(shlex.split(command), tmp_path, DEMO="true")
+
+
+def exercises() -> list[tuple[str, str]]:
+    """The test and the change of each, as the workshop in README shows them."""
+    tests = [text for text in in_readme("python") if text.startswith("def test_")]
+    return list(zip(tests, in_readme("diff"), strict=True))
+
+
+def changed(program: str, diff: str) -> str:
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in " -").rstrip("\n")
+        after = "".join(line[1:] for line in lines if line[0] in " +").rstrip("\n")
+        assert program.count(before) == 1, before
+        program = program.replace(before, after)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solved", [False, True], ids=["before the change", "after it"])
+def test_the_exercises_of_the_workshop_pass(tmp_path: Path, solved: bool) -> None:
+    assert len(exercises()) == 5
+    program = (HERE / "main.py").read_text()
+    for _, diff in exercises():
+        program = changed(program, diff) if solved else program
+    (tmp_path / "main.py").write_text(program)
+    tests = "\n\n".join(test for test, _ in exercises())
+    (tmp_path / "test_main.py").write_text(f"{Path(__file__).read_text()}\n\n{tests}")
+    shutil.copy(HERE / ".pytest.ini", tmp_path)
+    names = re.findall(r"def (test_\w+)", tests)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", " or ".join(names)]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("TEST_")}
+    ran = subprocess.run([*command, "-rA"], cwd=tmp_path, env=alone, capture_output=True, text=True)
+    passed = [name for name in names if f"PASSED test_main.py::{name}[sqlite]" in ran.stdout]
+    assert passed == (names if solved else []), ran.stdout[-3000:]
+
+
+def test_readme_tells_on_which_lines_each_part_stands() -> None:
+    lines = (HERE / "main.py").read_text().splitlines()
+    banners = {
+        found[1]: number
+        for number, line in enumerate(lines, 1)
+        if (found := re.fullmatch("# --- (.+?) -+", line))
+    }
+    ends = [*list(banners.values())[1:], len(lines) + 1]
+    parts = zip(banners, banners.values(), ends, strict=True)
+    table = {
+        part: f"[{first}–{end - 1}](main.py#L{first}-L{end - 1})" for part, first, end in parts
+    }
+    shown = README.read_text().partition("## Read it")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([A-Z].*?) \| (.*?) \| \w", shown, re.MULTILINE))
+    assert rows == {name: lines.rstrip() for name, lines in table.items()}, table
+    (map_of_parts,) = re.findall(r'"""(.+?)"""', "\n".join(lines), re.DOTALL)[:1]
+    for part in banners:
+        assert f"    {part.partition(':')[0]}" in map_of_parts
+
+
 def test_every_setting_stands_in_readme_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `?([A-Z_]+)`? \| (.*?) \|", README.read_text(), re.MULTILINE))
     fields = {name.upper(): field for name, field in settings_class().model_fields.items()}
     assert rows.keys() == fields.keys()
     for name, shown in rows.items():
         default = fields[name].default
-        expected = "none" if default in (None, "") else f"`{default}`"
+        plain = str(default).lower() if isinstance(default, bool) else default
+        expected = "none" if default in (None, "") else f"`{plain}`"
         assert name == "SECRET_KEY" or shown == expected
 
 
