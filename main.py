@@ -75,7 +75,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.security import OAuth2PasswordBearer
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
@@ -211,7 +211,7 @@ class Settings(BaseSettings):
         if self.demo and (self.production or self.workers > 1):
             raise ValueError("DEMO=True: is refused in production and with several WORKERS")
         if self.demo and "database_url" in self.model_fields_set:
-            raise ValueError("DATABASE_URL: goes not with DEMO, which has a database of its own")
+            raise ValueError("DATABASE_URL: must not be set with DEMO, which has its own")
         if self.demo:  # removed again when the service ends
             self.database_url = f"sqlite+aiosqlite:///{mkdtemp(prefix='nutshell-')}/demo.db"
         return self
@@ -562,6 +562,14 @@ class LoginSession(SQLModel, table=True):
     rotated_at: datetime = Field(default_factory=now)
     expires_at: datetime = Field(default_factory=lambda: now() + SESSION_LIFE)
     user: User = Relationship(sa_relationship_kwargs={"lazy": "joined"})
+
+
+class Credentials(BaseModel):
+    """The form of OAuth2, as far as it matters here."""
+
+    username: Annotated[str, Examples(["dora@example.com"])]
+    password: Annotated[str, Examples(["correct horse"])]
+    grant_type: Literal["password"] = "password"  # noqa: S105
 
 
 class Tokens(BaseModel):
@@ -1345,7 +1353,7 @@ def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
 
 ForSuperusers = Depends(require_role("admin"))
 Superuser = Annotated[User, ForSuperusers]
-LoginForm = Annotated[OAuth2PasswordRequestForm, Depends()]
+LoginForm = Annotated[Credentials, Form()]
 AskedPage = Annotated[PageQuery, Query()]
 AskedUsers = Annotated[UserQuery, Query()]
 AskedPosts = Annotated[PostQuery, Query()]
@@ -1940,8 +1948,8 @@ PAGE = r"""<!doctype html>
 <script nonce="NONCE">
 const SECRET = /((?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+)/;
 const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
-const write = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
-const tell = (error) => write({ note: error?.message });
+const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
+const tell = (error) => show({ note: error?.message });
 const keep = (found) => { sessionStorage.tokens = JSON.stringify(tokens = found); };  // by tab
 let tokens = JSON.parse(sessionStorage.tokens ?? null), post, turn = 0, busy = false;
 
@@ -1993,7 +2001,7 @@ async function load() {  // of an event we only take that something has changed
     ...said.items.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
   if (focus) document.querySelector(`a[href="${focus}"]`)?.focus();
   const by = found && `${found.author.full_name}, ${new Date(found.created_at).toLocaleString()}`;
-  write({ me: me?.full_name, title: found?.title, by, content: found?.content });
+  show({ me: me?.full_name, title: found?.title, by, content: found?.content });
   $("one").hidden = !found;
   $("publish").hidden = found?.is_published;
   document.body.className = me ? "in" : "out";
@@ -2027,20 +2035,20 @@ window.onhashchange = () => load().then(() => $("title").focus(), tell);
 
 function listen() {
   const stream = new EventSource("/api/v1/events");
-  const hear = ({ type }) => { write({ live: `Events: ${type}` }); load().catch(tell); };
+  const hear = ({ type }) => { show({ live: `Events: ${type}` }); load().catch(tell); };
   for (const type of ["open", "post.published", "post.updated", "post.deleted", "comment.created",
     "comment.deleted"]) stream.addEventListener(type, hear);
   stream.onerror = () => {
-    write({ live: "Events: reconnecting" });
+    show({ live: "Events: reconnecting" });
     if (stream.readyState === stream.CLOSED) setTimeout(listen, 3000);  // refused: it gave up
   };
 }
 listen();
 </script>
 """
-DEMO_PASSWORD = "correct horse"  # noqa: S105
-DEMO_PEOPLE: dict[str, Role] = {"Ann": "user", "Ben": "user", "Cleo": "admin"}
-DEMO_HINT = f"Sign in as ann@, ben@ or (admin) cleo@example.com; the password is {DEMO_PASSWORD}"
+DEMO_PASSWORD = "correct-horse"  # noqa: S105
+DEMO_PEOPLE = {"ann@example.com": "user", "ben@example.com": "user", "cleo@example.com": "admin"}
+DEMO_HINT = "".join(f"{who:18}{DEMO_PASSWORD} ({role})\n" for who, role in DEMO_PEOPLE.items())
 DEMO_POSTS = """
 Ann: Bees in November: They hang in a ball and shiver. Who is cold moves in. | Ben: Who decides?
 Ben: Bread without a tin: Fold it four times, then leave it alone. | Cleo: How long? | Ben: A night.
@@ -2074,40 +2082,38 @@ async def root(request: Request) -> Response:
     return HTMLResponse(page, headers=headers | {"Content-Security-Policy": policy})
 
 
-async def fill_demo() -> None:
+async def fill_demo(db: AsyncSession) -> None:
     """Three people, twelve posts with what was said below them, and last a draft."""
     hashed, people = await hash_password(DEMO_PASSWORD), {}
-    for name, role in DEMO_PEOPLE.items():
-        person = {"first_name": name, "email": f"{name}@example.com", "role": role}
-        people[name] = User.model_validate(person | {"hashed_password": hashed})
-    async with AsyncSession(writer) as db:
-        db.add_all(people.values())
-        lines = DEMO_POSTS.strip().splitlines()
-        for left, line in zip(reversed(range(len(lines))), lines, strict=True):
-            await db.flush()  # gives ids to who was added
-            (name, title, content), *said = (part.split(": ") for part in line.split(" | "))
-            when = now() - timedelta(hours=5 * left)
-            post = {"title": title, "content": content, "is_published": left > 0}
-            post |= {"author_id": people[name].id, "created_at": when, "updated_at": when}
-            added = Post.model_validate(post)
-            db.add(added)
-            await db.flush()
-            for name, text in said:
-                comment = {"text": text, "author_id": people[name].id, "post_id": added.id}
-                db.add(Comment.model_validate(comment))
-        await db.commit()
+    for email, role in DEMO_PEOPLE.items():
+        name = email.partition("@")[0].capitalize()
+        person = {"email": email, "first_name": name, "role": role, "hashed_password": hashed}
+        people[name] = User.model_validate(person)
+    db.add_all(people.values())
+    lines = DEMO_POSTS.strip().splitlines()
+    for number, line in enumerate(lines, 1):
+        await db.flush()  # gives ids to who was added
+        (name, title, content), *said = (part.split(": ") for part in line.split(" | "))
+        when = now() - timedelta(hours=5 * (len(lines) - number))
+        post = {"title": title, "content": content, "is_published": number < len(lines)}
+        post |= {"author_id": people[name].id, "created_at": when, "updated_at": when}
+        db.add(Post.model_validate(post))
+        await db.flush()
+        for name, text in said:
+            comment = {"text": text, "author_id": people[name].id, "post_id": number}
+            db.add(Comment.model_validate(comment))
 
 
 def banner(page: str, admins: str) -> str:
     """What somebody at a terminal wants to know first."""
-    url = make_url(settings.database_url)
+    url, file = make_url(settings.database_url), settings.sqlite_file
     lines = {
         "Nutshell": page,
         "docs": f"{page}/docs",
         "health": f"{page}/health",
-        "data": os.path.abspath(settings.sqlite_file or "") if settings.sqlite_file else url.host,
+        "data": os.path.abspath(file) if file else f"{url.host}, database {url.database}",
         "admin": admins or "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD",
-        "demo": DEMO_HINT if settings.demo else "",
+        "sign in": DEMO_HINT.rstrip().replace("\n", f"\n{'':10}") if settings.demo else "",
         "try": f"curl {page}{API}/posts",
     }
     return "\n".join(f"{name:10}{line}" for name, line in lines.items() if line)
@@ -2257,6 +2263,8 @@ async def prepare_database() -> None:
         if settings.sqlite_file is None:
             await db.exec(select(func.pg_advisory_xact_lock(7361)))
         await (await db.connection()).run_sync(make_tables)
+        if settings.demo:
+            await fill_demo(db)
         await db.exec(delete(LoginSession).where(col(LoginSession.expires_at) < now()))
         user = (await db.exec(select(User).where(User.email == email))).first()
         if email and (user is None or not user.is_superuser):
@@ -2280,8 +2288,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         await prepare_database()
         signing_key()
-        if settings.demo:
-            await fill_demo()
     except Exception as error:
         reason = str(error).partition("\n")[0]
         log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)

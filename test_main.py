@@ -697,7 +697,10 @@ WRONG_SETTINGS = [
     ({"DEMO": "maybe"}, "DEMO='maybe': "),
     ({"DEMO": "true"} | PRODUCTION, "DEMO=True: is refused in production"),
     ({"DEMO": "true", "WORKERS": "2"}, "DEMO=True: is refused in production and with several"),
-    ({"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2.db"}, "DATABASE_URL: goes not"),
+    (
+        {"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2.db"},
+        "DATABASE_URL: must not be",
+    ),
 ]
 
 
@@ -4702,7 +4705,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def banner_of(service: Service) -> dict[str, str]:
     """What was printed at the start, by the words in front."""
     known = re.findall(
-        r"^(Nutshell|docs|health|data|admin|demo|try) +(.*)$",
+        r"^(Nutshell|docs|health|data|admin|sign in|try) +(.*)$",
         service.log.read_text(),
         re.MULTILINE,
     )
@@ -4768,11 +4771,13 @@ def test_the_banner_is_printed_once_by_several_workers_and_never_in_production(
 def test_the_demo_has_people_posts_comments_and_a_draft(demo: Service) -> None:
     lines = banner_of(demo)
     assert lines["admin"] == "cleo@example.com"
-    names = re.findall(r"\w+(?=@)", lines["demo"])
-    password = lines["demo"].rpartition("the password is ")[2]
-    ann, ben, cleo = (sign_in(demo, f"{name}@example.com", password) for name in names)
-    roles = [p.api.get("/users/me").json()["role"] for p in (ann, ben, cleo)]
-    assert roles == ["user", "user", "admin"]
+    assert lines["sign in"].startswith("ann@example.com ")
+    told = re.findall(r"(\w+@example.com) +(\S+) \((\w+)\)$", demo.log.read_text(), re.MULTILINE)
+    assert [role for _, _, role in told] == ["user", "user", "admin"]
+    ann, ben, cleo = people = [sign_in(demo, email, password) for email, password, _ in told]
+    assert [p.api.get("/users/me").json()["role"] for p in people] == ["user", "user", "admin"]
+    page = demo.client.get(demo.address, headers=HTML).text
+    assert all(f"{email} " in page for email, _, _ in told)
     assert cleo.api.get("/users").json()["total"] >= 3
     posts = [p for p in demo.client.get("/posts?size=100").json()["items"] if p["id"] < 13]
     assert [post["id"] for post in posts] == list(range(12, 0, -1))
@@ -4797,7 +4802,7 @@ def test_the_demo_is_new_at_every_start_and_leaves_nothing_behind(
     service.log.unlink()
     service.start()
     assert (
-        sign_in(service, "cleo@example.com", "correct horse").api.get("/users").json()["total"] == 3
+        sign_in(service, "cleo@example.com", "correct-horse").api.get("/users").json()["total"] == 3
     )
     assert Path(banner_of(service)["data"]) != first
     assert [file.name for file in service.folder.iterdir()] == ["log"]
@@ -5139,7 +5144,7 @@ def test_the_page_comes_back_after_a_restart(
 def test_the_page_works_by_keyboard_and_names_everything(windows: Callable[..., Window]) -> None:
     window = windows()
     window.see("Events: open")
-    for text in ("ann@example.com", "correct horse"):
+    for text in ("ann@example.com", "correct-horse"):
         while window.do("document.activeElement.localName") != "input" or window.do(
             "document.activeElement.value"
         ):
@@ -5179,7 +5184,7 @@ def test_the_docs_work_in_a_browser_without_a_network(
     eventually(lambda: window.do(blocks) == routes, 20)
     window.press("Authorize")
     eventually(lambda: window.do("!!document.querySelector('#oauth_username')"))
-    for field, text in (("username", "ann@example.com"), ("password", "correct horse")):
+    for field, text in (("username", "ann@example.com"), ("password", "correct-horse")):
         window.do(f"document.querySelector('#oauth_{field}').focus()")
         window.call("Input.insertText", text=text)
     window.do("document.querySelector('.auth-btn-wrapper .authorize').click()")
@@ -5278,6 +5283,42 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
     assert (email["format"], email["maxLength"]) == ("email", 254)
     verify = page["paths"]["/api/v1/auth/verify"]["get"]["responses"]["200"]
     assert "content" not in verify
+
+
+def test_the_bodies_that_the_docs_show_work_as_they_are(start: Callable[..., Service]) -> None:
+    """In the order of a first visit. What shows no example of its own is put together from those of
+    its fields, as Swagger UI does it."""
+    service = start()
+    page = service.client.get(f"{service.address}/openapi.json").json()
+
+    def shown(schema: dict[str, Any]) -> Any:
+        if "$ref" in schema:
+            schema = page["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        if "examples" in schema:
+            return schema["examples"][0]
+        if "properties" in schema:
+            return {name: shown(field) for name, field in schema["properties"].items()}
+        return schema.get("default", schema.get("const"))
+
+    bodies = {
+        (route["operationId"], kind): shown(content["schema"])
+        for methods in page["paths"].values()
+        for route in methods.values()
+        for kind, content in route.get("requestBody", {}).get("content", {}).items()
+    }
+    as_json = {name: body for (name, kind), body in bodies.items() if kind == "application/json"}
+    forms = {name: body for (name, kind), body in bodies.items() if "form" in kind}
+    assert forms.keys() == {"login", "refresh"}
+    assert service.client.post("/auth/register", json=as_json.pop("register")).status_code == 201
+    tokens = service.client.post("/auth/login", data=forms["login"]).json()
+    dora, admin = service.as_(tokens["access_token"]), sign_in_admin(service).api
+    assert admin.post("/users", json=as_json.pop("create_user")).status_code == 201
+    assert dora.patch("/users/me", json=as_json.pop("update_user")).status_code == 200
+    assert dora.post("/posts", json=as_json.pop("create_post")).status_code == 201
+    assert dora.patch("/posts/1", json=as_json.pop("update_post")).status_code == 200
+    assert dora.put("/posts/1", json=as_json.pop("put_post")).status_code == 200
+    assert dora.post("/posts/1/comments", json=as_json.pop("add_comment")).status_code == 201
+    assert as_json == {}
 
 
 # --- README ---------------------------------------------------------------------------------------
