@@ -2358,6 +2358,7 @@ if __name__ == "__main__":
     uvicorn.run(
         "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
         timeout_keep_alive=75,  # longer than nginx keeps a connection, or it meets a closed one
+        timeout_worker_healthcheck=30,  # a worker that is slow to start is not to be killed for it
         proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
         log_config=None, access_log=False, timeout_graceful_shutdown=4,
         ws=Frames, ws_max_size=64 * 1024, ws_per_message_deflate=False,

@@ -4988,7 +4988,7 @@ def windows(browser: Browser, demo: Service) -> Iterator[Callable[..., Window]]:
         assert all(url.startswith(demo.address) for url in window.asked()), window.asked()
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Window]) -> None:
     mine, theirs = windows(), windows()
     theirs.see("Events: open", "Welcome by Ann")
@@ -5011,7 +5011,7 @@ def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Wind
     assert mine.complaints() + theirs.complaints() == []
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None:
     """The policy would stop a script, but there is nothing to stop: it stays text."""
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -5026,7 +5026,7 @@ def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None
         assert window.complaints() == []
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_policy_of_the_page_stops_what_is_foreign(
     browser: Browser, demo: Service, start: Callable[..., Service]
 ) -> None:
@@ -5050,7 +5050,7 @@ def test_the_policy_of_the_page_stops_what_is_foreign(
     assert not re.search("/(script|fetched|image)", other.log_so_far())
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5074,7 +5074,7 @@ def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
     window.see("With an old token by Dora")
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_last_call_is_shown_as_a_command_that_does_the_same(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5109,7 +5109,7 @@ def test_the_last_call_is_shown_as_a_command_that_does_the_same(
     assert again["id"] != first["id"]
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_what_is_refused_is_told(windows: Callable[..., Window], demo: Service) -> None:
     window = windows()
     window.see("Events: open")
@@ -5125,7 +5125,7 @@ def test_what_is_refused_is_told(windows: Callable[..., Window], demo: Service) 
     window.see("password: Value error, is among the passwords that are guessed first")
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_comes_back_after_a_restart(
     browser: Browser, start: Callable[..., Service]
 ) -> None:
@@ -5140,7 +5140,7 @@ def test_the_page_comes_back_after_a_restart(
     window.see("Written meanwhile by Ann", "Events: open", seconds=20)
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_works_by_keyboard_and_names_everything(windows: Callable[..., Window]) -> None:
     window = windows()
     window.see("Events: open")
@@ -5165,7 +5165,7 @@ def test_the_page_works_by_keyboard_and_names_everything(windows: Callable[..., 
     assert window.do("document.documentElement.lang") == "en"
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
     window = windows(width=360, height=700, mobile=True)
     window.sign_up("Dora")
@@ -5174,7 +5174,7 @@ def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
     assert window.do("document.documentElement.scrollWidth") <= 360
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_the_docs_work_in_a_browser_without_a_network(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5341,21 +5341,6 @@ def test_main_py_alone_names_what_it_needs() -> None:
     assert len(script["dependencies"]) == len(pinned())
 
 
-def starts(command: list[str], folder: Path, **settings: str) -> None:
-    """This command brings up the demo, and a page in it."""
-    port = free_port()
-    env = environment({"PORT": str(port)} | settings)
-    log = folder / "log"
-    with log.open("ab") as file:
-        running = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file)
-    processes.append(running)
-    eventually(lambda: "Uvicorn running" in log.read_text() or running.poll() is not None, 60)
-    page = httpx.get(f"http://127.0.0.1:{port}/api/v1/posts", verify=NO_TLS)
-    assert page.json()["total"] == 12
-    running.terminate()
-    assert running.wait(10) in (0, -signal.SIGTERM)
-
-
 @pytest.mark.slow
 def test_uv_runs_a_lone_main_py(tmp_path: Path) -> None:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -5363,26 +5348,9 @@ def test_uv_runs_a_lone_main_py(tmp_path: Path) -> None:
         pytest.skip("uv is not installed, or TEST_NETWORK is not set")
     assert "DEMO=true uv run main.py" in README.read_text()
     shutil.copy(HERE / "main.py", tmp_path)
-    starts([uv, "run", "--python", sys.executable, "main.py"], tmp_path, DEMO="true")
-
-
-@pytest.mark.slow
-def test_a_class_without_a_network_installs_as_readme_shows(tmp_path: Path) -> None:
-    if "TEST_NETWORK" not in os.environ:
-        pytest.skip("TEST_NETWORK is not set")
-    download, install = (text for text in in_readme("sh") if "wheels" in text)
-    (first,) = (text for text in in_readme("sh") if "DEMO" in text)
-    command = first.splitlines()[-1].removeprefix("DEMO=true ")
-    shutil.copy(HERE / "requirements.txt", tmp_path)
-    shutil.copy(HERE / "main.py", tmp_path)
-    network = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    alone = {name: value for name, value in network.items() if not name.startswith("PIP_")}
-    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:1")
-    alone |= nowhere | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
-    run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, timeout=200)
-    run(["sh", "-euc", download], env=network)
-    run(["sh", "-euc", install], env=alone)
-    starts(shlex.split(command), tmp_path, DEMO="true")
+    service = Service(tmp_path, command=[uv, "run", "--python", sys.executable, "main.py"], **DEMO)
+    assert service.client.get("/posts").json()["total"] == 12
+    assert service.stop() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def exercises() -> list[tuple[str, str]]:
