@@ -15,8 +15,8 @@ Read it from top to bottom: nothing is used above the line that defines it.
     Mail          sent in the background
     Dependencies  who is asking, and may they?
     Routes        accounts and tokens, users, posts, comments, live
-    Pages         health and docs
-    Demo          a page for browsers, and people and posts to try it with
+    Demo          people and posts to begin with
+    Pages         health, docs, and a page to try it all on
     Front door    what every request passes
     Assembly      the parts put together, and the server
 """
@@ -156,7 +156,7 @@ def redis_client(url: str) -> Any:
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(plain_email), Examples(["dora@example.com"])]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
-Password = Annotated[str, PasswordRules, AfterValidator(uncommon), Examples(["correct horse"])]
+Password = Annotated[str, PasswordRules, AfterValidator(uncommon), Examples(["correct-horse"])]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
 Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
@@ -209,11 +209,9 @@ class Settings(BaseSettings):
         if (self.first_superuser_email is None) != (self.first_superuser_password is None):
             raise ValueError("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
         if self.demo and (self.production or self.workers > 1):
-            raise ValueError("DEMO=True: is refused in production and with several WORKERS")
+            raise ValueError("DEMO=True: is refused in production, and with several WORKERS")
         if self.demo and "database_url" in self.model_fields_set:
             raise ValueError("DATABASE_URL: must not be set with DEMO, which has its own")
-        if self.demo:  # removed again when the service ends
-            self.database_url = f"sqlite+aiosqlite:///{mkdtemp(prefix='nutshell-')}/demo.db"
         return self
 
     @property
@@ -245,6 +243,8 @@ def read_settings() -> Settings:
 
 
 settings = read_settings()
+if settings.demo:  # the folder is removed when the service ends
+    settings.database_url = f"sqlite+aiosqlite:///{mkdtemp(prefix='nutshell-')}/demo.db"
 
 
 # --- Log ------------------------------------------------------------------------------------------
@@ -389,8 +389,10 @@ class Problem(BaseModel):
 
 
 def errors(*statuses: int) -> Any:
-    """To /docs: the refusals of a route. What all routes of a group refuse is said at the end."""
-    return {s: {"model": Problem, "description": HTTPStatus(s).phrase} for s in statuses}
+    """For /docs: the refusals of a route. What all routes of a group refuse is said at the end."""
+    return {
+        status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in statuses
+    }
 
 
 async def on_refusal(request: Request, error: Any) -> Response:
@@ -429,13 +431,15 @@ async def on_database_error(request: Request, error: Any) -> Response:
 # what may come in, Public and Read what goes out. Each constraint is written once, as a named type.
 
 OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
-Url = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
+WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
 Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
-Text, NotBlank = StringConstraints(pattern=TEXT), StringConstraints(pattern=NOT_BLANK)
+AnyText = StringConstraints(pattern=TEXT)
+NotBlank = StringConstraints(pattern=NOT_BLANK)
 Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
 Age = Annotated[int | None, Field(ge=1, le=149), Examples([36])]
-Bio = Annotated[str | None, Field(max_length=2_000), Text, Examples(["I keep bees."])]
-AvatarUrl = Annotated[str | None, Field(max_length=500), Url, Examples(["https://example.com/me"])]
+Bio = Annotated[str | None, Field(max_length=2_000), AnyText, Examples(["I keep bees."])]
+AN_AVATAR = Examples(["https://example.com/dora.png"])
+AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress, AN_AVATAR]
 Role = Literal["user", "admin"]
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
@@ -482,14 +486,14 @@ class Person(Body):
 
 
 class UserCreate(Person):
-    model_config = example({"email": "dora@example.com", "password": "correct horse"})
+    model_config = example({"email": "dora@example.com", "password": "correct-horse"})
 
     email: Email
     password: Password
 
 
 class UserCreateByAdmin(UserCreate):
-    model_config = example({"email": "emil@example.com", "password": "correct horse"})
+    model_config = example({"email": "emil@example.com", "password": "correct-horse"})
 
     role: Role = "user"
     is_active: bool = True
@@ -568,7 +572,7 @@ class Credentials(BaseModel):
     """The form of OAuth2, as far as it matters here."""
 
     username: Annotated[str, Examples(["dora@example.com"])]
-    password: Annotated[str, Examples(["correct horse"])]
+    password: Annotated[str, Examples(["correct-horse"])]
     grant_type: Literal["password"] = "password"  # noqa: S105
 
 
@@ -1863,7 +1867,54 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
             await socket.close(code)
 
 
+# --- Demo -----------------------------------------------------------------------------------------
+# With DEMO=true there are people and posts from the start, and all of it ends with the service.
+
+DEMO_PASSWORD = "correct-horse"  # noqa: S105
+DEMO_PEOPLE = {"ann@example.com": "user", "ben@example.com": "user", "cleo@example.com": "admin"}
+DEMO_HINT = "".join(f"{who:18}{DEMO_PASSWORD} ({role})\n" for who, role in DEMO_PEOPLE.items())
+DEMO_POSTS = """
+Ann: Bees in November: They hang in a ball and shiver. Who is cold moves in. | Ben: Who decides?
+Ben: Bread without a tin: Fold it four times, then leave it alone. | Cleo: How long? | Ben: A night.
+Cleo: House rules: Be kind. Whoever signs up may write, and I may delete.
+Ann: A letter from the coast: Fog until ten, then gulls. | Ben: Bring some of both.
+Ben: Reading aloud: This file, from top to bottom, takes an afternoon.
+Ann: Two windows: Open this page twice, and be somebody else in the second. | Cleo: As now!
+Cleo: What is a draft?: A post that nobody sees but its author, and admins, until it is published.
+Ben: The last call: Beside this stands what you did last, as a line for your terminal.
+Ann: Walnuts: Dry them for three weeks, or they go black. | Cleo: Mine did. | Ben: Mine too.
+Cleo: Backups: A copy that was never restored is a wish. | Ann: Ours is tested.
+Ben: Night train: Berth 61, on top. The world is quiet up here. | Ann: Send a picture!
+Ann: Welcome: Sign in and write. Whoever has this page open sees it at once. | Ben: Hello!
+Ann: Not done yet: The story of the walnut that fell up.
+"""
+
+
+async def fill_demo(db: AsyncSession) -> None:
+    """Three people, twelve posts with what was said below them, and last a draft."""
+    hashed, people = await hash_password(DEMO_PASSWORD), {}
+    for email, role in DEMO_PEOPLE.items():
+        name = email.partition("@")[0].capitalize()
+        person = {"email": email, "first_name": name, "role": role, "hashed_password": hashed}
+        people[name] = User.model_validate(person)
+    db.add_all(people.values())
+    await db.flush()  # gives them ids
+    lines = DEMO_POSTS.strip().splitlines()
+    for number, line in enumerate(lines, 1):
+        (name, title, content), *said = (part.split(": ") for part in line.split(" | "))
+        when = now() - timedelta(hours=5 * (len(lines) - number))
+        shown = {"title": title, "content": content, "is_published": number < len(lines)}
+        known = {"author_id": people[name].id, "created_at": when, "updated_at": when}
+        post = Post.model_validate(shown, update=known)
+        db.add(post)
+        await db.flush()
+        for name, text in said:
+            known = {"author_id": people[name].id, "post_id": post.id}
+            db.add(Comment.model_validate({"text": text}, update=known))
+
+
 # --- Pages ----------------------------------------------------------------------------------------
+# For those who watch over the service, for those who write programs, and for a browser.
 
 pages = APIRouter(tags=["pages"])
 
@@ -1893,43 +1944,35 @@ async def swagger_ui() -> Response:
     return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **files)
 
 
-# --- Demo -----------------------------------------------------------------------------------------
-# The page that a browser gets: all of it stands here and comes from here. What people wrote is only
-# ever shown as text, and the page may ask nobody but us; `policy` makes sure of both.
-
+# The page that a browser gets: all of it stands here. Its headers, below, allow nothing foreign.
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Nutshell</title><link rel="icon" href="data:,">
 <style nonce="NONCE">
-  :root { color-scheme: light dark; --nut: light-dark(#85480f, #f0b566); --line: #9a8a7877;
-    --paper: light-dark(#f8f3ec, #191512); --card: light-dark(#fff, #26201b) }
+  :root { color-scheme: light dark; --paper: light-dark(#f8f3ec, #191512);
+    --card: light-dark(#fff, #26201b); --nut: light-dark(#85480f, #f0b566); --line: #8f8071 }
   * { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere }
   body { padding: 1em; background: var(--paper); font: clamp(16px, 1.1vw, 26px)/1.5 system-ui }
   header, form { display: flex; flex-wrap: wrap; gap: .6em; align-items: center }
-  main { margin-top: 1em; display: grid; gap: 1em;
-    grid: auto / repeat(auto-fit, minmax(min(100%, 21em), 1fr)) }
-  section { display: grid; gap: 1em; align-content: start; min-width: 0; padding: 1em }
-  section, input, textarea, button { border: 1px solid var(--line); border-radius: .5em;
-    background: var(--card); color: inherit }
-  h1, h2, a, b { font-weight: 600; color: var(--nut) } h1 { font-size: 2em } h2 { outline: 0 }
-  label, input, textarea { width: 100% } input, textarea, button { padding: .5em .8em }
-  button { background: var(--nut); color: var(--card); cursor: pointer }
-  ul { padding-left: 1.2em } ul:empty::after { content: "Nothing yet" }
-  p, pre, li { white-space: pre-wrap }
+  main, section { display: grid; gap: 1em; align-content: start; min-width: 0 }
+  main { margin-top: 1em; grid: auto / repeat(auto-fit, minmax(min(100%, 21em), 1fr)) }
+  section, input, textarea, button { padding: .6em .9em; border: 1px solid var(--line);
+    border-radius: .5em; background: var(--card); color: inherit }
+  button { background: var(--nut); color: var(--card) } label, input, textarea { width: 100% }
+  h1, h2, a, b { font-weight: 600; color: var(--nut) } h1 { font-size: 2em }
+  ul { padding-left: 1.2em } p, pre, li { white-space: pre-wrap; unicode-bidi: plaintext }
   pre { font: .8em/1.5 ui-monospace, monospace; max-height: 45vh; overflow: auto }
-  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap;
-    vertical-align: bottom; -webkit-text-security: disc }  /* a secret is copied, but not shown */
-  .in .guests, .out .members, [hidden] { display: none }
+  pre b, pre b::selection { color: transparent; background: var(--line) }  /* kept from eyes */
+  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap }
+  body:not(.in) .members, .in .guests, [hidden] { display: none }
 </style>
-<body class="out">
 <header><h1>Nutshell</h1> <a href="/docs">All calls</a> <span id="live" role="status"></span>
   <form id="leave" class="members">You are <b id="me"></b> <button>Sign out</button></form></header>
-<p id="note" role="status">HINT</p>
+<pre class="guests">HINT</pre><p id="note" role="status"></p>
 <main><section aria-label="Posts">
   <form id="sign" class="guests">
     <label>Email <input name="email" type="email" required autocomplete="email"></label>
-    <label>Password <input name="password" type="password" required minlength="8"
-      autocomplete="current-password"></label>
+    <label>Password <input name="password" type="password" required minlength="8"></label>
     <label>First name, if you are new <input name="first_name" maxlength="100"></label>
     <button>Sign in</button> <button value="new">Sign up</button></form>
   <form id="write" class="members">
@@ -1939,19 +1982,18 @@ PAGE = r"""<!doctype html>
   <ul id="posts"></ul>
 </section><section id="one" hidden aria-labelledby="title">
   <h2 id="title" tabindex="-1"></h2><p id="by"></p><p id="content"></p>
-  <form id="publish" hidden><button>Publish this draft</button></form>
+  <form id="publish"><button>Publish this draft</button></form>
   <ul id="comments" aria-label="Comments"></ul>
   <form id="comment" class="members"><label>Your comment
     <input name="text" required maxlength="500"></label> <button>Send</button></form>
-</section><section aria-labelledby="last"><h2 id="last">The last call, and its answer</h2>
+</section><section aria-labelledby="last"><h2 id="last">Your last call, and its answer</h2>
   <pre id="call" tabindex="0"></pre><pre id="answer" tabindex="0"></pre></section></main>
 <script nonce="NONCE">
 const SECRET = /((?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+)/;
 const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
 const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
 const tell = (error) => show({ note: error?.message });
-const keep = (found) => { sessionStorage.tokens = JSON.stringify(tokens = found); };  // by tab
-let tokens = JSON.parse(sessionStorage.tokens ?? null), post, turn = 0, busy = false;
+let tokens, post, busy = false, again = false, loading = null;
 
 function made(tag, ...inside) {  // append() makes text of what people wrote, never HTML
   const element = document.createElement(tag);
@@ -1959,53 +2001,72 @@ function made(tag, ...inside) {  // append() makes text of what people wrote, ne
   return element;
 }
 
-async function call(method, path, body, again = true) {
-  const form = body instanceof URLSearchParams, sent = form ? `${body}` : JSON.stringify(body);
-  const url = `/api/v1${path}`, headers = {}, kind = form ? "x-www-form-urlencoded" : "json";
+function keep(found) {  // for this tab alone, so that two tabs can be two people
+  sessionStorage.tokens = JSON.stringify(tokens = found);
+  document.body.className = found ? "in" : "";
+}
+
+async function call(method, path, body, shown = method !== "GET", once = false) {
+  const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON
+  const url = `${location.origin}/api/v1${path}`, headers = {};
   if (tokens) headers.Authorization = `Bearer ${tokens.access_token}`;
-  if (body) headers["Content-Type"] = `application/${kind}`;
+  if (typeof sent === "string") headers["Content-Type"] = "application/json";
   const answer = await fetch(url, { method, headers, body: sent }), text = await answer.text();
-  if (answer.status === 401 && tokens && again) {  // expired: once more, with a new token or none
+  if (answer.status === 401 && tokens && !once) {  // expired: once more, with a new token or none
     const old = new URLSearchParams({ refresh_token: tokens.refresh_token });
-    const refused = ({ cause }) => cause === 401 && keep(null);
-    await call("POST", "/auth/refresh", old, false).then(keep, refused);
-    return call(method, path, body, false);
+    const ended = ({ cause }) => cause === 401 && keep(null);
+    await call("POST", "/auth/refresh", old, false, true).then(keep, ended);
+    return call(method, path, body, shown, true);
   }
-  const curl = [`curl -X ${method} ${quoted(location.origin + url)}`];
-  for (const name in headers) curl.push(`-H ${quoted(`${name}: ${headers[name]}`)}`);
-  if (body) curl.push(`-d ${quoted(sent)}`);
-  const found = text && JSON.parse(text), pretty = JSON.stringify(found, null, 2);
-  const said = { call: curl.join(" \\\n  "), answer: `${answer.status} ${pretty}` };
-  if (method !== "GET" || !$("call").textContent) for (const id in said) $(id).replaceChildren(
-    ...said[id].split(SECRET).map((part, at) => at % 2 ? made("b", part) : part));  // odd: it fits
+  const found = text && JSON.parse(text), pretty = text && JSON.stringify(found, null, 2);
+  let curl = `curl -X ${method} ${quoted(url)}`;
+  for (const name in headers) curl += ` \\\n  -H ${quoted(`${name}: ${headers[name]}`)}`;
+  if (body) curl += ` \\\n  -d ${quoted(`${sent}`)}`;
+  const said = { call: curl, answer: `${answer.status} ${pretty}` };
+  for (const id in shown ? said : {}) $(id).replaceChildren(  // at odd places stands what fits
+    ...said[id].split(SECRET).map((part, at) => at % 2 ? made("b", part) : part));
   if (answer.ok) return found;
   const wrong = [found.detail].flat().map((e) => e.msg ? `${e.loc.at(-1)}: ${e.msg}` : e);
   throw Error(wrong.join("\n"), { cause: answer.status });
 }
 
-async function load() {  // of an event we only take that something has changed
-  const mine = ++turn, posts = (await call("GET", "/posts?size=100")).items;
+async function look() {
+  const posts = (await call("GET", "/posts?size=100")).items;
   const me = tokens && await call("GET", "/users/me");
   const own = me ? (await call("GET", "/users/me/posts?size=100")).items : [];
   posts.unshift(...own.filter((one) => !one.is_published));
-  const found = posts.find(({ id }) => location.hash === `#${id}`) ?? posts[0];
-  const below = `/posts/${found?.id}/comments?size=100`;
-  let said = found ? await call("GET", below) : { items: [] };
-  if (said.pages > 1) said = await call("GET", `${below}&page=${said.pages}`);
-  if (mine !== turn) return;  // a newer look is under way
+  const id = Number(location.hash.slice(1)) || post?.id || posts[0]?.id;  // who reads one keeps it
+  const found = id && await call("GET", `/posts/${id}`, undefined, id !== post?.id).catch(tell);
+  const below = (page) => call("GET", `/posts/${id}/comments?size=100&page=${page}`);
+  const { items, pages } = found ? await below(1) : { items: [] };
+  if (pages > 1) items.splice(0, 100, ...(await below(pages - 1)).items);
+  if (pages > 1) items.push(...(await below(pages)).items);
   const focus = document.activeElement.hash;  // of a link, which is replaced
   $("posts").replaceChildren(...posts.map((one) => made("li",
     Object.assign(made("a", one.title), { href: `#${one.id}` }),
     one.is_published ? ` by ${one.author.full_name}` : ", a draft")));
   $("comments").replaceChildren(
-    ...said.items.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
+    ...items.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
   if (focus) document.querySelector(`a[href="${focus}"]`)?.focus();
   const by = found && `${found.author.full_name}, ${new Date(found.created_at).toLocaleString()}`;
   show({ me: me?.full_name, title: found?.title, by, content: found?.content });
   $("one").hidden = !found;
   $("publish").hidden = found?.is_published;
-  document.body.className = me ? "in" : "out";
+  if (found?.id !== post?.id) $("comment").reset();  // it was for another post
   post = found;
+}
+
+function load() {  // an event only says that something has changed: then all is read anew
+  again = true;
+  loading ??= (async () => {
+    while (again) {  // at once, and while more comes once a second
+      again = false;
+      await look().catch((error) => show({ live: error.message }));
+      if (again) await new Promise((done) => setTimeout(done, 1000));
+    }
+    loading = null;
+  })();
+  return loading;
 }
 
 const actions = {
@@ -2014,7 +2075,8 @@ const actions = {
     keep(await call("POST", "/auth/login", new URLSearchParams({ username: email, password })));
   },
   async write(fields, publish) {
-    location.hash = (await call("POST", "/posts", { ...fields, is_published: !!publish })).id;
+    post = await call("POST", "/posts", { ...fields, is_published: !!publish });
+    location.hash = post.id;
   },
   publish: () => call("POST", `/posts/${post.id}/publish`),
   comment: (fields) => call("POST", `/posts/${post.id}/comments`, fields),
@@ -2022,47 +2084,30 @@ const actions = {
 };
 document.onsubmit = async (event) => {
   event.preventDefault();
-  const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
   if (busy) return;
   busy = true;
-  const done = actions[target.id](fields, submitter.value).then(() => target.reset());
-  await done.then(tell, tell);
+  const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
+  await actions[target.id](fields, submitter.value).then(() => target.reset()).then(tell, tell);
   busy = false;
-  await load().catch(tell);
-  if (!target.checkVisibility()) $("title").focus();  // it had the focus, and has gone
+  await load();
+  if (!target.checkVisibility()) $("title").focus();  // the form has gone, and the focus with it
 };
-window.onhashchange = () => load().then(() => $("title").focus(), tell);
+window.onhashchange = () => load().then(() => $("title").focus());
 
 function listen() {
   const stream = new EventSource("/api/v1/events");
-  const hear = ({ type }) => { show({ live: `Events: ${type}` }); load().catch(tell); };
+  const hear = ({ type }) => { show({ live: `Events: ${type}` }); load(); };
   for (const type of ["open", "post.published", "post.updated", "post.deleted", "comment.created",
     "comment.deleted"]) stream.addEventListener(type, hear);
   stream.onerror = () => {
     show({ live: "Events: reconnecting" });
-    if (stream.readyState === stream.CLOSED) setTimeout(listen, 3000);  // refused: it gave up
+    if (stream.readyState === stream.CLOSED) setTimeout(listen, 3000);  // the browser gave up
   };
 }
+keep(JSON.parse(sessionStorage.tokens ?? null));
+load();
 listen();
 </script>
-"""
-DEMO_PASSWORD = "correct-horse"  # noqa: S105
-DEMO_PEOPLE = {"ann@example.com": "user", "ben@example.com": "user", "cleo@example.com": "admin"}
-DEMO_HINT = "".join(f"{who:18}{DEMO_PASSWORD} ({role})\n" for who, role in DEMO_PEOPLE.items())
-DEMO_POSTS = """
-Ann: Bees in November: They hang in a ball and shiver. Who is cold moves in. | Ben: Who decides?
-Ben: Bread without a tin: Fold it four times, then leave it alone. | Cleo: How long? | Ben: A night.
-Cleo: House rules: Be kind. Whoever signs up may write, and I may delete.
-Ann: A letter from the coast: Fog until ten, then gulls. | Ben: Bring some of both.
-Ben: Reading aloud: This file, from top to bottom, takes an afternoon.
-Ann: Two windows: Open this page twice, and be somebody else in the second. | Cleo: As now!
-Cleo: What is a draft?: A post that nobody sees but its author, and admins, until it is published.
-Ben: The last call: Beside this stands what you did last, as a line for your terminal.
-Ann: Walnuts: Dry them for three weeks, or they go black. | Cleo: Mine did. | Ben: Mine too.
-Cleo: Backups: A copy that was never restored is a wish. | Ann: Ours is tested.
-Ben: Night train: Berth 61, on top. The world is quiet up here. | Ann: Send a picture!
-Ann: Welcome: Sign in and write. Whoever has this page open sees it at once. | Ben: Hello!
-Ann: Not done yet: The story of the walnut that fell up.
 """
 NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 OURS = "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
@@ -2074,49 +2119,12 @@ AS_PAGE: Any = {200: {"content": {"text/html": {}}}} | errors(429)  # to /docs
 async def root(request: Request) -> Response:
     """For programs a sign of life, for browsers a page to try it all on."""
     headers = {"Vary": "Accept"}
-    if settings.production or "text/html" not in request.headers.get("accept", ""):
+    if settings.production or "text/html" not in request.headers.get("accept", "").lower():
         return JSONResponse({"status": "ok"}, headers=headers)
-    nonce = secrets.token_urlsafe(16)  # what carries it is ours
+    nonce = secrets.token_urlsafe(16)  # only a script or style that carries it is run
     policy = f"{NOTHING_ELSE}{OURS}script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
-    page = PAGE.replace("NONCE", nonce).replace("HINT", DEMO_HINT if settings.demo else "")
+    page = PAGE.replace("HINT", DEMO_HINT if settings.demo else "").replace("NONCE", nonce)
     return HTMLResponse(page, headers=headers | {"Content-Security-Policy": policy})
-
-
-async def fill_demo(db: AsyncSession) -> None:
-    """Three people, twelve posts with what was said below them, and last a draft."""
-    hashed, people = await hash_password(DEMO_PASSWORD), {}
-    for email, role in DEMO_PEOPLE.items():
-        name = email.partition("@")[0].capitalize()
-        person = {"email": email, "first_name": name, "role": role, "hashed_password": hashed}
-        people[name] = User.model_validate(person)
-    db.add_all(people.values())
-    lines = DEMO_POSTS.strip().splitlines()
-    for number, line in enumerate(lines, 1):
-        await db.flush()  # gives ids to who was added
-        (name, title, content), *said = (part.split(": ") for part in line.split(" | "))
-        when = now() - timedelta(hours=5 * (len(lines) - number))
-        post = {"title": title, "content": content, "is_published": number < len(lines)}
-        post |= {"author_id": people[name].id, "created_at": when, "updated_at": when}
-        db.add(Post.model_validate(post))
-        await db.flush()
-        for name, text in said:
-            comment = {"text": text, "author_id": people[name].id, "post_id": number}
-            db.add(Comment.model_validate(comment))
-
-
-def banner(page: str, admins: str) -> str:
-    """What somebody at a terminal wants to know first."""
-    url, file = make_url(settings.database_url), settings.sqlite_file
-    lines = {
-        "Nutshell": page,
-        "docs": f"{page}/docs",
-        "health": f"{page}/health",
-        "data": os.path.abspath(file) if file else f"{url.host}, database {url.database}",
-        "admin": admins or "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD",
-        "sign in": DEMO_HINT.rstrip().replace("\n", f"\n{'':10}") if settings.demo else "",
-        "try": f"curl {page}{API}/posts",
-    }
-    return "\n".join(f"{name:10}{line}" for name, line in lines.items() if line)
 
 
 # --- Front door -----------------------------------------------------------------------------------
@@ -2275,6 +2283,21 @@ async def prepare_database() -> None:
         await db.commit()
 
 
+def banner(address: str, admins: str) -> str:
+    """What somebody at a terminal wants to know first."""
+    url, file = make_url(settings.database_url), settings.sqlite_file
+    lines = {
+        "Nutshell": address,
+        "docs": f"{address}/docs",
+        "health": f"{address}/health",
+        "data": os.path.abspath(file) if file else f"{url.host}, database {url.database}",
+        "admin": admins or "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD",
+        "sign in": DEMO_HINT.rstrip().replace("\n", f"\n{'':10}") if settings.demo else "",
+        "try": f"curl {address}{API}/posts",
+    }
+    return "\n".join(f"{name:10}{line}" for name, line in lines.items() if line)
+
+
 def end_streams(usual: Any, number: int, frame: Any) -> None:
     """uvicorn waits for open streams before it tells the lifespan: the signal itself ends them."""
     events.close()
@@ -2298,10 +2321,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
             signal.signal(number, partial(end_streams, usual))
-    if page := getattr(app.state, "page", None):
+    if address := getattr(app.state, "address", None):
+        admins = select(User.email).where(User.role == "admin", User.is_active)
         async with reading() as db:
-            admins = select(User.email).where(User.role == "admin", User.is_active).limit(3)
-            print(banner(page, ", ".join(await db.exec(admins))), flush=True)
+            emails = await db.exec(admins.order_by(col(User.id)).limit(3))
+            print(banner(address, ", ".join(emails)), flush=True)
     async with in_touch() if settings.redis_url else nullcontext():
         with log_writer.in_thread():
             yield
@@ -2310,8 +2334,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             await to_thread.run_sync(mail.join, 1.0, abandon_on_cancel=True)
     await readers.dispose()
     await writer.dispose()
-    if settings.demo:
-        rmtree(Path(settings.sqlite_file or "").parent)
+    if settings.demo and settings.sqlite_file:
+        rmtree(Path(settings.sqlite_file).parent, ignore_errors=True)
 
 
 app = FastAPI(
@@ -2349,7 +2373,7 @@ if __name__ == "__main__":
     if not settings.production:
         unspecified = getattr(settings.host, "is_unspecified", False)
         host = "localhost" if unspecified else str(settings.host)
-        app.state.page = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+        app.state.address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     if settings.workers > 1 and settings.redis_url is None:
         log.warning("Without REDIS_URL limits, events and rooms are those of each process")
     if settings.workers > 1:
