@@ -1566,12 +1566,13 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
 
     def medians() -> list[float]:
         times: dict[str, list[float]] = {name: [] for name in wrong}
-        for _ in range(30 if FULL else 8):
+        for _ in range(30 if FULL else 12):
             for name, email in wrong.items():
                 began = time.perf_counter()
                 assert log_in(service, email, "wrong password").status_code == 401
                 times[name].append(time.perf_counter() - began)
-        return [statistics.median(spans) for spans in times.values()]
+        usual = statistics.median if FULL else min  # the least says most on a busy machine
+        return [usual(spans) for spans in times.values()]
 
     def same() -> bool:
         found = medians()
@@ -4759,7 +4760,7 @@ def test_the_banner_hides_the_password_of_postgresql(start: Callable[..., Servic
     assert banner_of(service)["data"] == f"{server.hostname}, database {server.path[1:]}"
 
 
-@pytest.mark.slow
+@pytest.mark.aside
 def test_the_banner_is_printed_once_by_several_workers_and_never_in_production(
     start: Callable[..., Service],
 ) -> None:
@@ -5022,7 +5023,7 @@ def windows(browser: Browser, demo: Service) -> Iterator[Callable[..., Window]]:
     assert strange == []
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Window]) -> None:
     mine, theirs = windows(), windows()
     theirs.see("Events: open", "Welcome by Ann")
@@ -5045,7 +5046,7 @@ def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Wind
     assert mine.complaints() + theirs.complaints() == []
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None:
     """The policy would stop a script, but there is nothing to stop: it stays text."""
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -5061,7 +5062,7 @@ def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None
         assert window.complaints() == []
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_policy_of_the_page_stops_what_is_foreign(
     browser: Browser, demo: Service, start: Callable[..., Service]
 ) -> None:
@@ -5085,7 +5086,7 @@ def test_the_policy_of_the_page_stops_what_is_foreign(
     assert not re.search("/(script|fetched|image)", other.log_so_far())
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5109,7 +5110,7 @@ def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
     window.see("With an old token by Dora")
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_last_call_is_shown_as_a_command_that_does_the_same(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5139,7 +5140,7 @@ def test_the_last_call_is_shown_as_a_command_that_does_the_same(
     assert window.visible("answer").strip() == "204"
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_what_is_refused_is_told(windows: Callable[..., Window], demo: Service) -> None:
     window = windows()
     window.see("Events: open")
@@ -5156,7 +5157,7 @@ def test_what_is_refused_is_told(windows: Callable[..., Window], demo: Service) 
     window.see("password: Value error, is among the passwords that are guessed first")
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_page_comes_back_after_a_restart(
     browser: Browser, start: Callable[..., Service]
 ) -> None:
@@ -5171,7 +5172,7 @@ def test_the_page_comes_back_after_a_restart(
     window.see("Written meanwhile by Ann", "Events: open", seconds=20)
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_page_works_by_keyboard_and_names_everything(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5202,7 +5203,7 @@ def test_the_page_works_by_keyboard_and_names_everything(
     assert window.do("document.documentElement.lang") == "en"
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_who_reads_a_post_keeps_it_while_others_come_and_go(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5230,7 +5231,7 @@ def test_who_reads_a_post_keeps_it_while_others_come_and_go(
     assert window.do("document.querySelector('[name=text]').value") == ""
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_many_events_cost_one_look_a_second_and_the_last_is_seen(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5246,7 +5247,7 @@ def test_many_events_cost_one_look_a_second_and_the_last_is_seen(
     assert looks <= 2 + time.monotonic() - began
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_a_double_click_writes_once(windows: Callable[..., Window], demo: Service) -> None:
     window = windows()
     window.sign_up("Dora")
@@ -5258,7 +5259,7 @@ def test_a_double_click_writes_once(windows: Callable[..., Window], demo: Servic
     assert window.text().count("Only once by Dora") == 1
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_page_goes_on_without_the_stream(
     browser: Browser, start: Callable[..., Service]
 ) -> None:
@@ -5274,7 +5275,7 @@ def test_the_page_goes_on_without_the_stream(
     window.close()
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_can_be_read_in_light_and_dark(
     windows: Callable[..., Window], scheme: str
@@ -5306,7 +5307,7 @@ def test_the_page_can_be_read_in_light_and_dark(
     assert dark_paper == (scheme == "dark")
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
     window = windows(width=360, height=700, mobile=True)
     window.sign_up("Dora")
@@ -5315,7 +5316,7 @@ def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
     assert window.do("document.documentElement.scrollWidth") <= 360
 
 
-@pytest.mark.browser
+@pytest.mark.aside
 def test_the_docs_work_in_a_browser_without_a_network(
     windows: Callable[..., Window], demo: Service
 ) -> None:
@@ -5512,7 +5513,7 @@ def test_main_py_alone_names_what_it_needs() -> None:
     assert len(script["dependencies"]) == len(pinned())
 
 
-@pytest.mark.slow
+@pytest.mark.aside
 def test_uv_runs_a_lone_main_py(tmp_path: Path) -> None:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not uv or "TEST_NETWORK" not in os.environ:
@@ -5540,7 +5541,7 @@ def changed(program: str, diff: str) -> str:
     return program
 
 
-@pytest.mark.slow
+@pytest.mark.aside
 @pytest.mark.parametrize("solved", [False, True], ids=["before the change", "after it"])
 def test_the_exercises_of_the_workshop_pass(tmp_path: Path, solved: bool) -> None:
     assert len(exercises()) == 5
@@ -5616,7 +5617,7 @@ def test_the_compose_files_in_readme_start(start: Callable[..., Service], extras
     assert register(service).status_code == 403
 
 
-@pytest.mark.slow
+@pytest.mark.aside
 def test_a_backup_made_under_load_is_restored_as_readme_shows(
     start: Callable[..., Service],
 ) -> None:
@@ -5639,7 +5640,7 @@ def test_a_backup_made_under_load_is_restored_as_readme_shows(
     assert service.as_(token).get("/users/me").status_code == 200
 
 
-@pytest.mark.slow
+@pytest.mark.aside
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_column_is_added_as_readme_shows(
     start: Callable[..., Service], tmp_path: Path, database: str
