@@ -1962,8 +1962,8 @@ PAGE = r"""<!doctype html>
   h1, h2, a, b { font-weight: 600; color: var(--nut) } h1 { font-size: 2em }
   ul { padding-left: 1.2em } p, pre, li { white-space: pre-wrap; unicode-bidi: plaintext }
   pre { font: .8em/1.5 ui-monospace, monospace; max-height: 45vh; overflow: auto }
-  pre b, pre b::selection { color: transparent; background: var(--line) }  /* kept from eyes */
-  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap }
+  pre b, pre b::selection { color: transparent; background: var(--line); vertical-align: bottom }
+  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap }  /* secrets */
   body:not(.in) .members, .in .guests, [hidden] { display: none }
 </style>
 <header><h1>Nutshell</h1> <a href="/docs">All calls</a> <span id="live" role="status"></span>

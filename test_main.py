@@ -5209,11 +5209,13 @@ def test_who_reads_a_post_keeps_it_while_others_come_and_go(
 ) -> None:
     ann = sign_in(demo, "ann@example.com", "correct-horse")
     post = publish(ann, title="Read me")
-    for number in range(101):
+    for number in range(201):
         comment(ann, post["id"], f"Comment {number}")
     window = windows()
-    window.see("Ann Comment 100")
-    assert "Ann Comment 0 Ann Comment 1 " in window.text()
+    window.see("Read me Ann, ", " Ann Comment 100 Ann Comment 101 ", "Ann Comment 200")
+    assert "Ann Comment 99 " not in window.text()
+    ann.api.patch(f"/posts/{post['id']}", json={"title": "Read me again"})
+    window.see("Read me again Ann, ")
     newer = publish(ann, title="Newer, but not asked for", content="Not this.")
     window.see("Newer, but not asked for by Ann")
     assert "Not this." not in window.text()
