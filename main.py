@@ -390,9 +390,7 @@ class Problem(BaseModel):
 
 def errors(*statuses: int) -> Any:
     """For /docs: the refusals of a route. What all routes of a group refuse is said at the end."""
-    return {
-        status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in statuses
-    }
+    return {code: {"model": Problem, "description": HTTPStatus(code).phrase} for code in statuses}
 
 
 async def on_refusal(request: Request, error: Any) -> Response:
