@@ -154,9 +154,9 @@ def redis_client(url: str) -> Any:
 
 
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
-Email = Annotated[str, EmailRules, AfterValidator(plain_email), Examples(["dora@example.com"])]
+Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
-Password = Annotated[str, PasswordRules, AfterValidator(uncommon), Examples(["correct-horse"])]
+Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
 Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
@@ -2037,7 +2037,7 @@ async function look() {
   const found = id && await call("GET", `/posts/${id}`, undefined, id !== post?.id).catch(tell);
   const below = (page) => call("GET", `/posts/${id}/comments?size=100&page=${page}`);
   const { items, pages } = found ? await below(1) : { items: [] };
-  if (pages > 1) items.splice(0, 100, ...(await below(pages - 1)).items);
+  if (pages > 2) items.splice(0, 100, ...(await below(pages - 1)).items);
   if (pages > 1) items.push(...(await below(pages)).items);
   const focus = document.activeElement.hash;  // of a link, which is replaced
   $("posts").replaceChildren(...posts.map((one) => made("li",

@@ -1564,7 +1564,7 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
     sign_in_admin(service).api.patch(f"/users/{gone.id}", json={"is_active": False})
     wrong = {"known": known.email, "unknown": new_email(), "deactivated": gone.email}
 
-    def medians() -> list[float]:
+    def usual_times() -> list[float]:
         times: dict[str, list[float]] = {name: [] for name in wrong}
         for _ in range(30 if FULL else 12):
             for name, email in wrong.items():
@@ -1575,7 +1575,7 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
         return [usual(spans) for spans in times.values()]
 
     def same() -> bool:
-        found = medians()
+        found = usual_times()
         return max(found) < min(found) * 1.1
 
     assert any(same() for _ in range(3))  # what is there each time is more than noise
@@ -4930,17 +4930,17 @@ class Window:
             raise AssertionError(f"{texts} is not in: {self.text()}") from None
 
     def find(self, kind: str, name: str) -> str:
-        """A script for the one visible thing of that name."""
+        """A script for the first visible thing of that name, as soon as it is there."""
         fits = f"(e) => e.checkVisibility() && e.innerText.trim() === {json.dumps(name)}"
-        return f"[...document.querySelectorAll({json.dumps(kind)})].filter({fits})[0]"
+        script = f"[...document.querySelectorAll({json.dumps(kind)})].filter({fits})[0]"
+        eventually(lambda: self.do(f"!!{script}"))
+        return script
 
     def fill(self, label: str, text: str) -> None:
-        eventually(lambda: self.do(f"!!{self.find('label', label)}"))
         self.do(f"{self.find('label', label)}.control.focus()")
         self.call("Input.insertText", text=text)
 
     def press(self, name: str) -> None:
-        eventually(lambda: self.do(f"!!{self.find('a, button', name)}"))
         self.do(f"{self.find('a, button', name)}.click()")
 
     def key(self, key: str, text: str = "") -> None:
@@ -5086,6 +5086,7 @@ def test_the_policy_of_the_page_stops_what_is_foreign(
         f" {{ onerror: done, src: '{other.address}/image' }})).then(() => true)"
     )
     assert not re.search("/(script|fetched|image)", other.log_so_far())
+    window.close()
 
 
 @pytest.mark.aside
@@ -5172,6 +5173,7 @@ def test_the_page_comes_back_after_a_restart(
     service.start()
     publish(sign_in(service, ann.email), title="Written meanwhile")
     window.see("Written meanwhile by Ann", "Events: open", seconds=20)
+    window.close()
 
 
 @pytest.mark.aside
@@ -5334,7 +5336,7 @@ def test_the_docs_work_in_a_browser_without_a_network(
         window.do(f"document.querySelector('#oauth_{field}').focus()")
         window.call("Input.insertText", text=text)
     window.do("document.querySelector('.auth-btn-wrapper .authorize').click()")
-    eventually(lambda: window.do(f"!!{window.find('.modal-ux button', 'Logout')}"))
+    window.find(".modal-ux button", "Logout")
     window.call("Page.reload")
     eventually(lambda: window.do(blocks) == routes, 20)
     window.do("document.querySelector('#operations-posts-create_post button').click()")
@@ -5508,8 +5510,7 @@ def pinned() -> set[str]:
 def test_main_py_alone_names_what_it_needs() -> None:
     """The metadata that `uv run` reads, found and parsed as PEP 723 says."""
     block = r"^# /// (\w+)\n((?:#(?:| .*)\n)+?)# ///$"
-    found = re.findall(block, (HERE / "main.py").read_text(), re.MULTILINE)
-    ((kind, lines),) = found
+    ((kind, lines),) = re.findall(block, (HERE / "main.py").read_text(), re.MULTILINE)
     script = tomllib.loads("".join(line[2:] for line in lines.splitlines(keepends=True)))
     assert kind == "script"
     assert script["requires-python"] == ">=3.11"
