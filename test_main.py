@@ -832,7 +832,7 @@ def test_asyncpg_and_redis_are_imported_only_when_asked_for(tmp_path: Path) -> N
     assert subprocess.check_output(command, cwd=tmp_path, env=env) == b"set()\n"
 
 
-def test_uvicorn_main_app_ends_the_same_way(tmp_path: Path) -> None:
+def test_a_wrong_setting_ends_uvicorn_main_app_the_same_way(tmp_path: Path) -> None:
     variables = os.environ | {"WORKERS": "none"}
     ended = subprocess.run(UVICORN, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (3, 1)
@@ -1050,11 +1050,11 @@ def test_405_names_the_methods_of_the_path(service: Service) -> None:
     assert set(allowed.split(", ")) == {"GET", "HEAD"}
 
 
-def test_paths_are_not_redirected(service: Service) -> None:
+def test_a_slash_too_many_is_404_and_not_redirected(service: Service) -> None:
     assert service.client.get("/users/").status_code == 404
 
 
-def test_a_mistake_of_ours_is_a_plain_500_with_its_traceback_in_the_log(
+def test_a_mistake_of_ours_is_a_500_with_its_traceback_in_the_log_alone(
     start: Callable[..., Service],
 ) -> None:
     service = start(CACHE_SECONDS="0")
@@ -1118,7 +1118,7 @@ BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("bad", BAD_BODIES)
-def test_bad_bodies_are_refused_by_every_route(service: Service, bad: str) -> None:
+def test_a_bad_body_is_refused_by_every_route(service: Service, bad: str) -> None:
     body, headers = BAD_BODIES[bad]
     person = sign_up(service)
     post = write(person)["id"]
@@ -1140,7 +1140,7 @@ def test_bad_bodies_are_refused_by_every_route(service: Service, bad: str) -> No
     assert person.api.get("/users/me").status_code == 200
 
 
-def test_of_a_name_sent_twice_the_last_counts(service: Service) -> None:
+def test_of_a_field_sent_twice_the_last_counts(service: Service) -> None:
     person = sign_up(service)
     twice = person.api.patch("/users/me", content=b'{"bio":"one","bio":"two"}', headers=JSON)
     assert twice.json()["bio"] == "two"
@@ -1161,7 +1161,7 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=[b[:20] for b in BAD_IDS])
-def test_ids_out_of_range_are_422(service: Service, bad: str) -> None:
+def test_an_id_out_of_range_is_422(service: Service, bad: str) -> None:
     admin = sign_in_admin(service)
     for method in ("GET", "PATCH", "DELETE"):
         answer = admin.api.request(method, f"/users/{bad}", json={} if method == "PATCH" else None)
@@ -1197,7 +1197,7 @@ def test_ids_out_of_range_are_422(service: Service, bad: str) -> None:
         "page=%00",
     ],
 )
-def test_bad_pages_are_422(service: Service, query: str) -> None:
+def test_a_page_out_of_range_is_422(service: Service, query: str) -> None:
     admin = sign_in_admin(service)
     assert admin.api.get(f"/users?{query}").status_code == 422
     if "is_active" not in query:
@@ -1308,7 +1308,7 @@ FIELDS = [
 @pytest.mark.parametrize(
     ("field", "value", "status"), FIELDS, ids=[f"{f}={str(v)[:25]!r}" for f, v, _ in FIELDS]
 )
-def test_each_field_keeps_its_bounds(
+def test_each_field_of_a_user_keeps_its_bounds(
     service: Service, field: str, value: object, status: int
 ) -> None:
     person = sign_up(service)
@@ -1378,7 +1378,7 @@ def test_each_field_of_a_post_keeps_its_bounds(
     [("x" * 500, 201), ("x" * 501, 422), ("", 422), (" \n\u2003", 422), ("a\u0000", 422), (1, 422)],
     ids=lambda value: repr(value)[:9],
 )
-def test_comments_keep_their_bounds(service: Service, text: Any, status: int) -> None:
+def test_the_text_of_a_comment_keeps_its_bounds(service: Service, text: Any, status: int) -> None:
     author = sign_up(service)
     path = f"/posts/{publish(author)['id']}/comments"
     assert author.api.post(path, json={"text": text}).status_code == status
@@ -1521,7 +1521,7 @@ def test_the_pool_for_postgresql_has_5_connections_and_10_more(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_200_writers_at_once_all_succeed(service: Service) -> None:
+def test_of_200_writers_at_once_all_succeed(service: Service) -> None:
     person = sign_up(service)
     body = {"title": "One of many", "content": "x"}
     answers = at_once(200, lambda _: person.api.post("/posts", json=body))
@@ -1840,7 +1840,7 @@ def test_a_secret_key_may_look_like_anything(
     assert signed.endswith(base64.urlsafe_b64encode(digest).decode().rstrip("="))
 
 
-def test_tokens_say_what_they_must(service: Service) -> None:
+def test_tokens_hold_their_claims_and_nothing_more(service: Service) -> None:
     answer = log_in(service, sign_up(service).email)
     tokens = answer.json()
     assert answer.headers["cache-control"] == "no-store"
@@ -3090,7 +3090,7 @@ def test_a_bad_token_does_not_matter_where_none_is_needed(service: Service) -> N
         assert service.client.get(service.address + path, headers=bad).status_code == 200
 
 
-def test_old_tokens_are_refused_on_the_very_next_request(service: Service) -> None:
+def test_who_loses_a_right_is_refused_on_the_very_next_request(service: Service) -> None:
     admin = sign_in_admin(service)
     deactivated, deleted, demoted = sign_up(service), sign_up(service), sign_up(service)
     admin.api.patch(f"/users/{demoted.id}", json={"role": "admin"})
@@ -3113,7 +3113,7 @@ def test_old_tokens_are_refused_on_the_very_next_request(service: Service) -> No
     assert log_in(service, deactivated.email).status_code == 200
 
 
-def test_who_is_deactivated_behind_the_service_is_refused(start: Callable[..., Service]) -> None:
+def test_who_is_deactivated_by_another_process_is_refused(start: Callable[..., Service]) -> None:
     service = start(CACHE_SECONDS="0")
     person = sign_up(service)
     service.sql(f"""UPDATE "user" SET is_active = false WHERE id = {person.id}""")
@@ -3220,7 +3220,7 @@ def test_who_may_do_what(
     assert got == expected
 
 
-def test_every_route_stands_in_that_table(service: Service) -> None:
+def test_every_route_stands_in_the_table_of_who_may_do_what(service: Service) -> None:
     paths = service.client.get(f"{service.address}/openapi.json").json()["paths"]
     open_to_all = {
         "/",
@@ -3264,7 +3264,7 @@ def test_registering_answers_the_whole_user_and_nothing_more(service: Service) -
     }
 
 
-def test_emails_compare_without_case(service: Service) -> None:
+def test_emails_are_stored_and_compared_in_lower_case(service: Service) -> None:
     email = new_email()
     first = register(service, email=email.upper().replace("PERSON", "Person"))
     assert first.json()["email"] == email
@@ -3318,7 +3318,7 @@ def test_a_refused_login_does_not_tell_why(service: Service) -> None:
         assert body["error_code"] == "INVALID_CREDENTIALS"
 
 
-def test_a_login_with_an_endless_email_holds_up_nobody(service: Service) -> None:
+def test_a_login_with_an_endless_email_is_refused_at_once(service: Service) -> None:
     form = {"username": "a" + "\u0301\u0327" * 100_000 + "@example.com", "password": "x" * 10}
     files = {name: (None, value) for name, value in form.items()}
     began = time.monotonic()
@@ -3469,7 +3469,7 @@ def test_others_see_what_is_public_and_superusers_the_whole(service: Service) ->
     assert seen == other.api.get("/users/me").json()
 
 
-def test_pages_of_users(start: Callable[..., Service]) -> None:
+def test_users_are_listed_by_id_in_pages_and_by_is_active(start: Callable[..., Service]) -> None:
     service = start()
     people = [sign_up(service) for _ in range(4)]
     admin = sign_in_admin(service)
@@ -3498,7 +3498,7 @@ def test_superusers_make_accounts_of_any_role(service: Service) -> None:
     assert (plain["role"], plain["is_active"]) == ("user", True)
 
 
-def test_only_the_fields_sent_change(service: Service) -> None:
+def test_only_the_fields_of_a_user_that_are_sent_change(service: Service) -> None:
     person = sign_up(service, first_name="Ann", age=30)
     before = person.api.get("/users/me").json()
     after = person.api.patch("/users/me", json={"age": None, "bio": "hello"}).json()
@@ -3518,7 +3518,7 @@ def test_role_and_is_active_are_for_superusers(service: Service, field: dict[str
 
 
 @pytest.mark.parametrize("change", [{"email": "taken"}, {"password": "a new password"}])
-def test_own_email_and_password_need_the_current_one(
+def test_ones_own_email_and_password_need_the_current_password(
     service: Service, change: dict[str, str]
 ) -> None:
     person = sign_up(service)
@@ -3649,7 +3649,7 @@ def ids_of(service: Service, query: str) -> list[int]:
     return [item["id"] for item in answer.json()["items"]]
 
 
-def test_pages_of_posts_and_reading_on_by_key(service: Service) -> None:
+def test_posts_are_listed_newest_first_in_pages_and_by_key(service: Service) -> None:
     name = uuid4().hex
     author = sign_up(service, first_name=name)
     ids = [publish(author)["id"] for _ in range(5)][::-1]
@@ -3729,7 +3729,7 @@ def test_posts_are_filtered_by_dates_inclusively(service: Service) -> None:
         assert ids_of(service, f"author={name}&{query}") == expected, query
 
 
-def test_a_page_of_20_posts_costs_two_statements(service: Service) -> None:
+def test_a_page_of_20_posts_costs_two_statements_and_by_key_one(service: Service) -> None:
     for _ in range(20):
         publish(sign_up(service))
     assert len(service.client.get("/posts").json()["items"]) == 20
@@ -3738,7 +3738,7 @@ def test_a_page_of_20_posts_costs_two_statements(service: Service) -> None:
     assert len(statements(service, f"/posts/{publish(sign_up(service))['id']}")) == 1
 
 
-def test_page_one_and_reading_on_use_indexes(service: Service) -> None:
+def test_what_strangers_read_is_found_by_indexes(service: Service) -> None:
     if service.database != "sqlite":
         pytest.skip("the plans are SQLite's")
     post = publish(sign_up(service))["id"]
@@ -3753,7 +3753,7 @@ def test_page_one_and_reading_on_use_indexes(service: Service) -> None:
         assert all(step.startswith("SEARCH") for step in steps), (statement, steps)
 
 
-def test_a_post_is_answered_whole_and_with_its_place(service: Service) -> None:
+def test_a_post_is_answered_whole_with_its_location(service: Service) -> None:
     author = sign_up(service, first_name="Ann", last_name="Lee")
     answer = author.api.post("/posts", json={"title": "  Bees ", "content": " They\nhum. "})
     post = answer.json()
@@ -3869,7 +3869,7 @@ def test_a_post_takes_its_comments_with_it_and_its_id_is_not_given_again(service
 # --- Routes: comments -----------------------------------------------------------------------------
 
 
-def test_a_comment_is_answered_whole(service: Service) -> None:
+def test_comments_are_answered_whole_and_listed_oldest_first(service: Service) -> None:
     author, other = sign_up(service), sign_up(service, first_name="Bo")
     post = publish(author)["id"]
     said = comment(other, post, "  lines\nand 李 ")
@@ -4184,7 +4184,7 @@ def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Se
 
 
 @pytest.mark.slow
-def test_whoever_may_not_stay_or_does_not_speak_or_read_has_to_go(
+def test_who_may_not_stay_or_does_not_speak_or_read_has_to_go(
     start: Callable[..., Service],
 ) -> None:
     """All of it takes ten seconds, so all of it is waited for at once."""
@@ -4314,7 +4314,7 @@ def test_the_demo_is_new_at_every_start_and_leaves_nothing_behind(
 # --- Pages ----------------------------------------------------------------------------------------
 
 
-def test_health_root_and_head(service: Service) -> None:
+def test_health_and_root_answer_get_and_head(service: Service) -> None:
     for path, body in (("/health", {"status": "healthy"}), ("/", {"status": "ok"})):
         got, head = (service.client.request(m, service.address + path) for m in ("GET", "HEAD"))
         assert (got.status_code, got.json()) == (200, body)
@@ -4514,7 +4514,7 @@ def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> 
     assert "mail not sent: SMTP_URL is not set" in said
 
 
-def test_in_production_there_is_no_page(start: Callable[..., Service]) -> None:
+def test_in_production_there_are_neither_docs_nor_a_page(start: Callable[..., Service]) -> None:
     service = start(**PRODUCTION)
     assert service.client.get(service.address, headers=HTML).json() == {"status": "ok"}
 
@@ -4755,7 +4755,7 @@ def test_the_policy_of_the_page_stops_what_is_foreign(
 
 
 @pytest.mark.aside
-def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
+def test_the_page_stays_signed_in_and_renews_an_expired_token_once(
     windows: Callable[..., Window], demo: Service
 ) -> None:
     window = windows()
@@ -4779,7 +4779,7 @@ def test_a_reload_stays_signed_in_and_an_expired_token_is_renewed_once(
 
 
 @pytest.mark.aside
-def test_the_last_call_is_shown_as_a_command_that_does_the_same(
+def test_the_page_shows_its_last_call_as_a_command_that_does_the_same(
     windows: Callable[..., Window], demo: Service
 ) -> None:
     """Secrets are not to be seen, and whole when they are copied."""
@@ -4809,7 +4809,7 @@ def test_the_last_call_is_shown_as_a_command_that_does_the_same(
 
 
 @pytest.mark.aside
-def test_what_is_refused_is_told(windows: Callable[..., Window], demo: Service) -> None:
+def test_the_page_tells_what_was_refused(windows: Callable[..., Window], demo: Service) -> None:
     window = windows()
     window.see("Events: open")
     window.fill("Email", "ann@example.com")
@@ -4888,7 +4888,7 @@ def test_who_reads_a_post_keeps_it_while_others_come_and_go(
 
 
 @pytest.mark.aside
-def test_many_events_cost_one_look_a_second_and_the_last_is_seen(
+def test_the_page_looks_once_a_second_at_many_events_and_sees_the_last(
     windows: Callable[..., Window], demo: Service
 ) -> None:
     window = windows()
@@ -4904,7 +4904,9 @@ def test_many_events_cost_one_look_a_second_and_the_last_is_seen(
 
 
 @pytest.mark.aside
-def test_a_double_click_writes_once(windows: Callable[..., Window], demo: Service) -> None:
+def test_a_double_click_on_the_page_writes_once(
+    windows: Callable[..., Window], demo: Service
+) -> None:
     window = windows()
     window.sign_up("Dora")
     window.fill("Title", "Only once")
@@ -5350,7 +5352,7 @@ def test_no_name_is_used_above_its_definition() -> None:
     assert list(early_names(tree, defined, set())) == []
 
 
-def test_readme_tells_on_which_lines_each_part_stands() -> None:
+def test_readme_tells_on_which_lines_each_section_stands() -> None:
     lines = (HERE / "main.py").read_text().splitlines()
     banners = {
         found[1]: number
@@ -5375,7 +5377,7 @@ def pinned() -> set[str]:
     return set((HERE / "requirements.txt").read_text().partition("\n\n# tests")[0].splitlines())
 
 
-def test_main_py_alone_names_what_it_needs() -> None:
+def test_main_py_names_the_packages_of_requirements_txt() -> None:
     """The metadata that `uv run` reads, found and parsed as PEP 723 says."""
     block = r"^# /// (\w+)\n((?:#(?:| .*)\n)+?)# ///$"
     ((kind, lines),) = re.findall(block, (HERE / "main.py").read_text(), re.MULTILINE)
