@@ -43,7 +43,7 @@ from email.message import EmailMessage
 from email.parser import BytesParser
 from email.policy import default as email_policy
 from functools import cache, partial, partialmethod
-from itertools import count, pairwise
+from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,6 +56,8 @@ from jose import jwt
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+
+import main
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -105,7 +107,7 @@ def documented() -> list[tuple[re.Pattern[str], dict[str, set[int]]]]:
             re.compile(re.sub(r"\{\w+\}", "[^/]+", path)),
             {m.upper(): {int(code) for code in route["responses"]} for m, route in routes.items()},
         )
-        for path, routes in main_module().app.openapi()["paths"].items()
+        for path, routes in main.app.openapi()["paths"].items()
     ]
 
 
@@ -139,7 +141,7 @@ def check_answer(response: httpx.Response) -> None:
 
 def environment(settings: dict[str, str]) -> dict[str, str]:
     """These settings and no others; what is "unset" is left out."""
-    ours = {name.upper() for name in settings_class().model_fields}
+    ours = {name.upper() for name in main.Settings.model_fields}
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return inherited | {name: value for name, value in settings.items() if value != "unset"}
 
@@ -338,16 +340,16 @@ async def on_postgres(url: str, statement: str) -> list[tuple[Any, ...]]:
         await connection.close()
 
 
-redis_numbers = count()
+redis_numbers = cycle(range(15))
 
 
-def new_redis() -> str:
-    """A database of its own, of the sixteen that a Redis has; tests use a few at a time."""
+def new_redis(number: int | None = None) -> str:
+    """One of the sixteen databases that a Redis has; tests use a few at a time."""
     if not REDIS:
         pytest.skip("TEST_REDIS_URL is not set")
     import redis
 
-    url = urlsplit(REDIS)._replace(path=f"/{next(redis_numbers) % 16}").geturl()
+    url = urlsplit(REDIS)._replace(path=f"/{number or next(redis_numbers)}").geturl()
     with redis.Redis.from_url(url) as client:
         client.flushdb()
     return url
@@ -359,17 +361,6 @@ def new_postgres_database() -> str:
         pytest.skip("TEST_DATABASE_URL is not set")
     asyncio.run(on_postgres(str(POSTGRES), f"CREATE DATABASE {name}"))
     return f"{str(POSTGRES).rpartition('/')[0]}/{name}"
-
-
-def main_module() -> Any:
-    os.environ.setdefault("SECRET_KEY", KEY)
-    import main
-
-    return main
-
-
-def settings_class() -> Any:
-    return main_module().Settings
 
 
 def run_main(folder: Path, **settings: str) -> tuple[int, str]:
@@ -430,25 +421,34 @@ def mail_server() -> Iterator[MailServer]:
         server.shutdown()
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-def service(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    mail_server: MailServer,
-) -> Iterator[Service]:
+@pytest.fixture(scope="session")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, mail_server: MailServer
+) -> Iterator[Callable[[str], Service]]:
+    """One server for each database, started when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def serve(database: str) -> Service:
+            running = Service(
+                tmp_path_factory.mktemp(database),
+                database,
+                REDIS_URL=new_redis(15) if REDIS and database == "postgresql" else "unset",
+                SMTP_URL=f"smtp://127.0.0.1:{mail_server.port}",
+                LOG_LEVEL="debug",
+                ADMIN_EMAIL=BOSS,
+            )
+            stack.callback(running.stop)
+            return running
+
+        yield serve
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def service(request: pytest.FixtureRequest, shared: Callable[[str], Service]) -> Service:
     if request.param == "postgresql" and not POSTGRES:
         pytest.skip("TEST_DATABASE_URL is not set")
-    folder = tmp_path_factory.mktemp(request.param)
-    running = Service(
-        folder,
-        request.param,
-        REDIS_URL=new_redis() if REDIS and request.param == "postgresql" else "unset",
-        SMTP_URL=f"smtp://127.0.0.1:{mail_server.port}",
-        LOG_LEVEL="debug",
-        ADMIN_EMAIL=BOSS,
-    )
-    yield running
-    running.stop()
+    return shared(request.param)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -783,8 +783,6 @@ def test_a_wrong_setting_ends_the_start_with_one_clear_line(
     settings: dict[str, str],
     line: str,
 ) -> None:
-    import main
-
     monkeypatch.chdir(tmp_path)
     for name in main.Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
@@ -813,8 +811,6 @@ def test_a_package_that_is_missing_ends_the_start_with_one_clear_line(
     name: str,
     url: str,
 ) -> None:
-    import main
-
     for module in [module for module in sys.modules if f"{module}.".startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
@@ -842,8 +838,6 @@ def test_a_wrong_setting_ends_uvicorn_main_app_the_same_way(tmp_path: Path) -> N
 def test_an_env_file_that_is_not_utf_8_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import main
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_bytes("PORT=8123".encode("utf-16"))
     with pytest.raises(SystemExit):
@@ -855,12 +849,11 @@ def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PORT", raising=False)
+    for name in ("PORT", "SECRET_KEY"):
+        monkeypatch.delenv(name, raising=False)
     secret = "ö" * 16  # 32 bytes
     (tmp_path / ".env").write_text(f"POSTGRES_PASSWORD=x\nPORT=8123\nSECRET_KEY={secret}\n")
-    fields = settings_class()
-    monkeypatch.delenv("SECRET_KEY")
-    settings = fields()
+    settings = main.Settings()
     assert (settings.port, settings.secret_key) == (8123, secret.encode())
 
 
@@ -1426,8 +1419,6 @@ def test_alembic_finds_nothing_to_do(service: Service) -> None:
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlmodel import SQLModel
 
-    assert settings_class()  # importing main completes the metadata
-
     def differences(connection: Connection) -> Any:
         context = migration.MigrationContext.configure(connection)
         return autogenerate.compare_metadata(context, SQLModel.metadata)
@@ -1816,8 +1807,6 @@ def test_a_kept_key_that_is_too_short_ends_the_start(tmp_path: Path) -> None:
 def test_of_keys_made_at_once_the_first_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import main
-
     monkeypatch.setattr(main.settings, "secret_key", None)
     for turn in range(10):
         url = f"sqlite+aiosqlite:///{tmp_path}/{turn}.db"
@@ -1831,8 +1820,6 @@ def test_of_keys_made_at_once_the_first_wins(
 def test_a_secret_key_may_look_like_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:
-    import main
-
     secret = secret.ljust(40, "x")
     monkeypatch.setattr(main.settings, "secret_key", secret.encode())
     signed = jwt.encode({"a": 1}, main.signing_key.__wrapped__(), "HS256")
@@ -2269,7 +2256,7 @@ def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
     """The model keeps every hit; a window opens at the first hit that no window covers."""
     chance = random.Random(seed)  # noqa: S311
     quota, seconds = chance.randint(1, 5), 60
-    limiter = main_module().Limiter("default", f"{quota}/minute")
+    limiter = main.Limiter("default", f"{quota}/minute")
     opened: dict[str, list[float]] = {}
     moment = 1_000.0
     for _ in range(5_000):
@@ -2727,7 +2714,6 @@ def test_no_identity_read_before_a_logout_is_kept_after_it(tmp_path: Path) -> No
 
 
 def test_the_memory_is_bounded_by_entries_and_by_bytes() -> None:
-    main = main_module()
     memory = main.Memory("post")
     for number in range(10_000):
         memory.keep(number, b"", 1_000, memory.ticket)
@@ -2907,9 +2893,6 @@ def test_who_names_an_unknown_event_is_told_to_start_anew(service: Service, last
 
 
 def test_a_listener_who_falls_out_of_the_log_is_dropped_and_hears_nothing_with_a_gap() -> None:
-    assert settings_class()
-    import main
-
     async def listen() -> tuple[list[list[str]], list[list[str]]]:
         hub = main.Hub("test")
         fast, slow = hub.follow(hub.count), hub.follow(hub.count)
@@ -3185,27 +3168,15 @@ TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
 ]
 
 
-@pytest.fixture(scope="session")
-def people(service: Service) -> list[Account]:
-    return [sign_up(service) for _ in range(3)]
-
-
 @pytest.mark.parametrize(
     ("method", "path", "body", "expected"),
     TABLE,
-    ids=[f"{r[0]} {r[1]} {r[2] or ''}" for r in TABLE],
+    ids=[" ".join([row[0], row[1], *(row[2] or ())]) for row in TABLE],
 )
 def test_who_may_do_what(
-    service: Service,
-    people: list[Account],
-    method: str,
-    path: str,
-    body: Any,
-    expected: tuple[int, ...],
+    service: Service, method: str, path: str, body: Any, expected: tuple[int, ...]
 ) -> None:
-    if "logout" in path or "{user}" in path:  # nobody would know them afterwards
-        people = [sign_up(service) for _ in range(3)]
-    owner, somebody, other = people
+    owner, somebody, other = (sign_up(service) for _ in range(3))
     callers = (service.client, other.api, owner.api, sign_in_admin(service).api)
     things: dict[str, Callable[[], Any]] = {
         "user": lambda: owner.id,
@@ -4994,7 +4965,7 @@ def test_the_docs_work_in_a_browser_without_a_network(
     windows: Callable[..., Window], demo: Service
 ) -> None:
     window = windows("/docs")
-    routes = sum(len(methods) for methods in main_module().app.openapi()["paths"].values())
+    routes = sum(len(methods) for methods in main.app.openapi()["paths"].values())
     blocks = "document.querySelectorAll('.opblock').length"
     eventually(lambda: window.do(blocks) == routes, 20)
     window.press("Authorize")
@@ -5472,7 +5443,7 @@ def test_the_exercises_of_the_workshop_pass(tmp_path: Path, solved: bool) -> Non
 
 def test_every_setting_stands_in_readme_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `?([A-Z_]+)`? \| (.*?) \|", README.read_text(), re.MULTILINE))
-    fields = {name.upper(): field for name, field in settings_class().model_fields.items()}
+    fields = {name.upper(): field for name, field in main.Settings.model_fields.items()}
     assert rows.keys() == fields.keys()
     for name, shown in rows.items():
         default = fields[name].default
@@ -5495,7 +5466,7 @@ def test_the_compose_files_in_readme_start(start: Callable[..., Service], extras
         name: re.sub(r"\$\{(\w+):\?.*?\}", lambda found: secrets[found[1]], str(value))
         for name, value in nutshell["environment"].items()
     }
-    assert settings.keys() <= {name.upper() for name in settings_class().model_fields}
+    assert settings.keys() <= {name.upper() for name in main.Settings.model_fields}
     if extras:
         assert settings["REDIS_URL"] == "redis://redis:6379/0"
         assert settings["DATABASE_URL"] == "postgresql+asyncpg://postgres:x@database/postgres"
