@@ -112,8 +112,8 @@ def documented() -> list[tuple[re.Pattern[str], dict[str, set[int]]]]:
 
 
 def check_answer(response: httpx.Response) -> None:
-    """What holds for every answer: its headers, the shape of errors, no hash in it, and that its
-    status stands in /docs."""
+    """What holds for every answer: its headers, the shape of errors, a code that fits the status,
+    no hash in it, and that its status stands in /docs."""
     request = response.request
     fits = [methods for path, methods in documented() if path.fullmatch(request.url.path)]
     if fits and request.method in fits[0] and response.status_code != 304:
@@ -711,38 +711,25 @@ def without_content(post: dict[str, Any]) -> dict[str, Any]:
 
 
 PRODUCTION = {"ENVIRONMENT": "production", "SECRET_KEY": KEY}
-WRONG_SETTINGS = [
-    ({"ENVIRONMENT": "staging"}, "ENVIRONMENT='staging': "),
+WRONG_VALUES = """ENVIRONMENT=staging HOST=nowhere.example PORT=abc PORT=0 PORT=70000 WORKERS=0
+    ACCESS_TOKEN_EXPIRE_MINUTES=0 ACCESS_TOKEN_EXPIRE_MINUTES=525601 BCRYPT_ROUNDS=3
+    REFRESH_TOKEN_EXPIRE_DAYS=0 REFRESH_TOKEN_EXPIRE_DAYS=3651 BCRYPT_ROUNDS=17
+    REGISTRATION=maybe CORS_ORIGINS=http://localhost:3000/ MAIL_FROM=nobody LOG_LEVEL=loud
+    DEMO=maybe"""
+WRONG_PAIRS = [pair.split("=") for pair in WRONG_VALUES.split()]
+WRONG_SETTINGS = [({name: value}, f"{name}='{value}': ") for name, value in WRONG_PAIRS] + [
     ({"ENVIRONMENT": "production"}, "SECRET_KEY: must be set"),
     ({"SECRET_KEY": "too short"}, "SECRET_KEY: Data should have at least 32 bytes"),
     ({"SECRET_KEY": "\udcff" * 40}, "SECRET_KEY: "),
-    (
-        {"DATABASE_URL": "postgresql+asyncpg://u:p@ss:hunter2@h/x"},
-        "must be a URL, its password percent-encoded",
-    ),
-    (
-        {"DATABASE_URL": "sqlite+aiosqlite:///./a.db?timeout=abc"},
-        "must be a URL, its password percent-encoded",
-    ),
+    ({"DATABASE_URL": "postgresql+asyncpg://u:p@ss:hunter2@h/x"}, "must be a URL, its password"),
+    ({"DATABASE_URL": "sqlite+aiosqlite:///./a.db?timeout=abc"}, "must be a URL, its password"),
     ({"DATABASE_URL": "sqlite+aiosqlite:///file:x?mode=memory&uri=true"}, "name a file"),
     ({"DATABASE_URL": "postgresql+asyncpg://u:hunter2@localhost/x"}, "SECRET_KEY: must be set"),
     ({"DATABASE_URL": "mysql://u:hunter2@localhost/x"}, "DATABASE_URL='mysql://…': must be"),
     ({"DATABASE_URL": "sqlite:///app.db"}, "DATABASE_URL='sqlite://…': must be"),
     ({"DATABASE_URL": "hunter2@app.db"}, "DATABASE_URL=…: must be"),
     ({"DATABASE_URL": "sqlite+aiosqlite:///:memory:"}, "a :memory: of its own; name a file"),
-    ({"PORT": "abc"}, "PORT='abc': "),
-    ({"PORT": "0"}, "PORT='0': "),
-    ({"PORT": "70000"}, "PORT='70000': "),
-    ({"WORKERS": "0"}, "WORKERS='0': "),
     ({"FORWARDED_ALLOW_IPS": "10.0.0.0/8, proxy"}, "FORWARDED_ALLOW_IPS='proxy': "),
-    ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "ACCESS_TOKEN_EXPIRE_MINUTES='0': "),
-    ({"REFRESH_TOKEN_EXPIRE_DAYS": "3651"}, "REFRESH_TOKEN_EXPIRE_DAYS='3651': "),
-    ({"ACCESS_TOKEN_EXPIRE_MINUTES": "525601"}, "ACCESS_TOKEN_EXPIRE_MINUTES='525601': "),
-    ({"REFRESH_TOKEN_EXPIRE_DAYS": "0"}, "REFRESH_TOKEN_EXPIRE_DAYS='0': "),
-    ({"BCRYPT_ROUNDS": "3"}, "BCRYPT_ROUNDS='3': "),
-    ({"BCRYPT_ROUNDS": "17"}, "BCRYPT_ROUNDS='17': "),
-    ({"REGISTRATION": "maybe"}, "REGISTRATION='maybe': "),
-    ({"CORS_ORIGINS": "http://localhost:3000/"}, "CORS_ORIGINS='http://localhost:3000/': "),
     ({"CORS_ORIGINS": "*"} | PRODUCTION, "CORS_ORIGINS='*': is refused in production"),
     ({"FIRST_SUPERUSER_EMAIL": "a@b.co"}, "FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set"),
     (
@@ -757,68 +744,64 @@ WRONG_SETTINGS = [
     ({"REDIS_URL": "redis://u:hunter2@localhost:abc"}, "must be a URL, its password percent"),
     ({"REDIS_URL": "redis://u:hunter2@localhost?tls=true"}, "must be a URL, its password"),
     ({"SMTP_URL": "hunter2@localhost"}, ": String should match pattern"),
-    ({"HOST": "nowhere.example"}, "HOST='nowhere.example': "),
     ({"SMTP_URL": "http://u:hunter2@localhost"}, ": String should match pattern"),
-    ({"MAIL_FROM": "nobody"}, "MAIL_FROM='nobody': "),
-    ({"LOG_LEVEL": "loud"}, "LOG_LEVEL='loud': "),
-    ({"DEMO": "maybe"}, "DEMO='maybe': "),
     ({"DEMO": "true"} | PRODUCTION, "DEMO=True: is refused in production"),
     ({"DEMO": "true", "WORKERS": "2"}, "DEMO=True: is refused in production, and with several"),
-    (
-        {"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2.db"},
-        "DATABASE_URL: must not be",
-    ),
+    ({"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2.db"}, "DATABASE_URL: must not"),
 ]
+
+
+@pytest.fixture
+def refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Reads settings that end the start: the one line that is printed."""
+    monkeypatch.chdir(tmp_path)
+    for name in main.Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+    def read(**settings: str) -> str:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main.read_settings()
+        printed = capsys.readouterr().err
+        assert (ended.value.code, printed.count("\n")) == (3, 1)
+        return printed
+
+    return read
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     WRONG_SETTINGS,
-    ids=[f"{[*s][0]}-{line[:25]}" for s, line in WRONG_SETTINGS],
+    ids=["; ".join(map("=".join, settings.items()))[:50] for settings, _ in WRONG_SETTINGS],
 )
 def test_a_wrong_setting_ends_the_start_with_one_clear_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    settings: dict[str, str],
-    line: str,
+    refuse: Callable[..., str], settings: dict[str, str], line: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in main.Settings.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as ended:
-        main.read_settings()
-    printed = capsys.readouterr().err
-    assert ended.value.code == 3
+    printed = refuse(**settings)
     assert line in printed
-    assert printed.count("\n") == 1
     assert "hunter2" not in printed
 
 
 @pytest.mark.parametrize(
-    ("package", "name", "url"),
-    [
-        ("asyncpg", "DATABASE_URL", "postgresql+asyncpg://u:hunter2@localhost/x"),
-        ("redis", "REDIS_URL", "redis://u:hunter2@localhost"),
-    ],
+    ("package", "name", "scheme"),
+    [("asyncpg", "DATABASE_URL", "postgresql+asyncpg"), ("redis", "REDIS_URL", "redis")],
+    ids=["asyncpg", "redis"],
 )
 def test_a_package_that_is_missing_ends_the_start_with_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refuse: Callable[..., str],
     package: str,
     name: str,
-    url: str,
+    scheme: str,
 ) -> None:
     for module in [module for module in sys.modules if f"{module}.".startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setenv(name, url)
-    with pytest.raises(SystemExit):
-        main.read_settings()
-    line = f"{name}='{url.partition('u:')[0]}…': needs a package: pip install {package}\n"
-    assert capsys.readouterr().err == line
+    line = f"{name}='{scheme}://…': needs a package: pip install {package}\n"
+    assert refuse(**{name: f"{scheme}://u:hunter2@localhost/x"}) == line
 
 
 def test_asyncpg_and_redis_are_imported_only_when_asked_for(tmp_path: Path) -> None:
@@ -835,14 +818,9 @@ def test_a_wrong_setting_ends_uvicorn_main_app_the_same_way(tmp_path: Path) -> N
     assert ended.stderr.startswith("WORKERS='none': ")
 
 
-def test_an_env_file_that_is_not_utf_8_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_env_file_that_is_not_utf_8_is_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / ".env").write_bytes("PORT=8123".encode("utf-16"))
-    with pytest.raises(SystemExit):
-        main.read_settings()
-    assert capsys.readouterr().err == ".env: must be UTF-8\n"
+    assert refuse() == ".env: must be UTF-8\n"
 
 
 def test_an_env_file_is_read_and_keys_of_others_in_it_are_not_judged(
@@ -908,8 +886,10 @@ def test_in_production_programs_read_a_line_for_each_request(start: Callable[...
         "user_id": person.id,
     }
     service.stop()
-    said = [json.loads(line).get("message", "") for line in service.log.read_text().splitlines()]
+    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    said = [line["message"] for line in lines if line.keys() == {"time", "level", "message"}]
     assert "Application startup complete." in said
+    assert "mail not sent: SMTP_URL is not set" in said
     assert any(message.startswith("Finished server process") for message in said)
 
 
@@ -995,29 +975,24 @@ print(len(main.log_writer.lines))
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-ERRORS: list[tuple[int, str, str, dict[str, Any]]] = [
-    (
-        400,
-        "POST",
-        "/auth/register",
-        {"content": b"{", "headers": {"content-type": "application/json"}},
-    ),
-    (401, "GET", "/users/me", {}),
-    (401, "POST", "/auth/login", {"data": {"username": "x", "password": "y"}}),
-    (404, "GET", "/nowhere", {}),
-    (405, "DELETE", "/auth/login", {}),
-    (413, "POST", "/auth/register", {"content": b" " * (2**20 + 1)}),
-    (413, "POST", "/nowhere", {"content": b" " * (2**20 + 1)}),
-    (422, "POST", "/auth/register", {"json": {}}),
-]
+JSON = {"content-type": "application/json"}
+ERRORS: dict[str, tuple[int, str, str, dict[str, Any]]] = {
+    "half an object": (400, "POST", "/auth/register", {"content": b"{", "headers": JSON}),
+    "no token": (401, "GET", "/users/me", {}),
+    "a wrong password": (401, "POST", "/auth/login", {"data": {"username": "x", "password": "y"}}),
+    "an unknown path": (404, "GET", "/nowhere", {}),
+    "an unknown method": (405, "DELETE", "/auth/login", {}),
+    "a large body": (413, "POST", "/auth/register", {"content": b" " * (2**20 + 1)}),
+    "a large body for nobody": (413, "POST", "/nowhere", {"content": b" " * (2**20 + 1)}),
+    "no fields": (422, "POST", "/auth/register", {"json": {}}),
+}
 
 
-@pytest.mark.parametrize(
-    ("status", "method", "path", "sent"), ERRORS, ids=[str(e[0]) for e in ERRORS]
-)
+@pytest.mark.parametrize("error", ERRORS)
 def test_every_error_has_cors_headers_and_keeps_the_connection(
-    service: Service, status: int, method: str, path: str, sent: dict[str, Any]
+    service: Service, error: str
 ) -> None:
+    status, method, path, sent = ERRORS[error]
     origin = {"Origin": "http://localhost:3000"} | sent.get("headers", {})
     answer = service.client.request(method, path, **sent | {"headers": origin})
     assert answer.status_code == status
@@ -1029,9 +1004,8 @@ def test_every_error_has_cors_headers_and_keeps_the_connection(
         *("X-Request-ID", "X-Process-Time", "X-Cache"),
     }
     assert "connection" not in answer.headers
-    foreign = service.client.request(
-        method, path, **sent | {"headers": origin | {"Origin": "http://evil.example"}}
-    )
+    origin |= {"Origin": "http://evil.example"}
+    foreign = service.client.request(method, path, **sent | {"headers": origin})
     assert foreign.status_code == status
     assert "access-control-allow-origin" not in foreign.headers
 
@@ -1055,7 +1029,7 @@ def test_a_mistake_of_ours_is_a_500_with_its_traceback_in_the_log_alone(
     service.sql("UPDATE user SET created_at = 'not a time'")
     for _ in range(2):
         mistake = person.api.get("/users/me", headers={"Origin": "http://localhost:3000"})
-        assert (mistake.status_code, mistake.json()["error_code"]) == (500, "INTERNAL_ERROR")
+        assert mistake.json()["error_code"] == "INTERNAL_ERROR"
         assert mistake.headers["access-control-allow-origin"] == "http://localhost:3000"
         assert "connection" not in mistake.headers
     eventually(lambda: "Traceback" in service.log.read_text())
@@ -1064,7 +1038,6 @@ def test_a_mistake_of_ours_is_a_500_with_its_traceback_in_the_log_alone(
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-JSON = {"content-type": "application/json"}
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 BAD_BODIES: dict[str, tuple[bytes, dict[str, str]]] = {
     "nothing": (b"", {}),
@@ -1139,27 +1112,16 @@ def test_of_a_field_sent_twice_the_last_counts(service: Service) -> None:
     assert twice.json()["bio"] == "two"
 
 
-BAD_IDS = [
-    "0",
-    "-1",
-    str(2**31),
-    str(2**63),
-    "9" * 5_000,
-    "abc",
-    "1.5",
-    "%00",
-    "%ED%A0%80",
-    "me%20",
-]
+BAD_IDS = ["0", "-1", str(2**31), str(2**63), "9" * 5_000, "abc", "1.5"]
 
 
-@pytest.mark.parametrize("bad", BAD_IDS, ids=[b[:20] for b in BAD_IDS])
+@pytest.mark.parametrize("bad", [*BAD_IDS, "%00", "%ED%A0%80", "me%20"], ids=lambda bad: bad[:20])
 def test_an_id_out_of_range_is_422(service: Service, bad: str) -> None:
     admin = sign_in_admin(service)
-    for method in ("GET", "PATCH", "DELETE"):
-        answer = admin.api.request(method, f"/users/{bad}", json={} if method == "PATCH" else None)
-        assert answer.status_code == 422
     for method, path in (
+        ("GET", "/users/{}"),
+        ("PATCH", "/users/{}"),
+        ("DELETE", "/users/{}"),
         ("GET", "/posts/{}"),
         ("PATCH", "/posts/{}"),
         ("PUT", "/posts/{}"),
@@ -1171,89 +1133,54 @@ def test_an_id_out_of_range_is_422(service: Service, bad: str) -> None:
         ("GET", "/events?post_id={}"),
         ("GET", "/posts?before={}"),
     ):
-        body = {"text": "x"} if path.endswith("comments") else {}
-        body = body if method in ("POST", "PATCH", "PUT") else None  # type: ignore[assignment]
-        assert admin.api.request(method, path.format(bad), json=body).status_code == 422, path
+        good = {"text": "x"} if path.endswith("comments") else {}
+        assert admin.api.request(method, path.format(bad), json=good).status_code == 422, path
 
 
 @pytest.mark.parametrize(
     "query",
-    [
-        "page=0",
-        "page=-1",
-        f"page={2**31}",
-        "size=0",
-        "size=-1",
-        "size=101",
-        "page=x",
-        "is_active=x",
-        "page=%00",
-    ],
+    f"page=0 page=-1 page={2**31} page=x page=%00 size=0 size=-1 size=101".split(),
 )
 def test_a_page_out_of_range_is_422(service: Service, query: str) -> None:
     admin = sign_in_admin(service)
-    assert admin.api.get(f"/users?{query}").status_code == 422
-    if "is_active" not in query:
-        post = write(admin)["id"]
-        for path in ("/posts", "/users/me/posts", f"/posts/{post}/comments"):
-            assert admin.api.get(f"{path}?{query}").status_code == 422, path
+    post = write(admin)["id"]
+    for path in ("/users", "/posts", "/users/me/posts", f"/posts/{post}/comments"):
+        assert admin.api.get(f"{path}?{query}").status_code == 422, path
 
 
-@pytest.mark.parametrize("query", ["everywhere=2", "everywhere=%00"])
-def test_bad_flags_are_422(service: Service, query: str) -> None:
-    assert sign_up(service).api.post(f"/auth/logout?{query}").status_code == 422
+BAD_QUERIES = [
+    *("POST /auth/logout?everywhere=2", "POST /auth/logout?everywhere=%00"),
+    "GET /users?is_active=x",
+    *(f"GET /posts?sort={sort}" for sort in ("hashed_password", "id", "--title", "")),
+    *(f"GET /posts?min_date={date}" for date in ("yesterday", "", "1700000000", "2024-13-01")),
+    *(f"GET /posts?max_date={date}" for date in ("2024-02-30", "2024-01-01T25:00", "%00")),
+    "GET /posts?min_date=0001-01-01T00:00:00%2B23:59",
+    "GET /posts?max_date=9999-12-31T23:59:59-23:59",
+    "GET /posts?min_date=2024-01-01%ED%A0%80",
+    "GET /posts?min_date=" + "9" * 5_000,
+    *(f"GET /posts?before=5&{other}" for other in ("page=1", "sort=title")),
+]
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "sort=hashed_password",
-        "sort=id",
-        "sort=--title",
-        "sort=",
-        "min_date=yesterday",
-        "min_date=",
-        "min_date=1700000000",
-        "min_date=2024-13-01",
-        "max_date=2024-02-30",
-        "max_date=2024-01-01T25:00",
-        "min_date=0001-01-01T00:00:00%2B23:59",
-        "max_date=9999-12-31T23:59:59-23:59",
-        "max_date=%00",
-        "min_date=2024-01-01%ED%A0%80",
-        "min_date=" + "9" * 5_000,
-        "before=5&page=1",
-        "before=5&sort=title",
-    ],
-    ids=lambda query: query[:40],
-)
-def test_bad_filters_are_422(service: Service, query: str) -> None:
-    assert service.client.get(f"/posts?{query}").status_code == 422
+@pytest.mark.parametrize("query", BAD_QUERIES, ids=lambda query: query[:50])
+def test_a_bad_query_is_422(service: Service, query: str) -> None:
+    assert sign_up(service).api.request(*query.split(" ")).status_code == 422
+
+
+BAD_EMAILS = ["Name <a@b.co>", "a@b.co, c@d.co", "@b.co", "a@", "a", "", "a\n@b.co", "a b@c.co"]
 
 
 @pytest.mark.parametrize(
-    "email",
-    [
-        "Name <a@b.co>",
-        "a" * 290 + "@example.com",
-        "a@b.co, c@d.co",
-        "@b.co",
-        "a@",
-        "a",
-        "",
-        "a\n@b.co",
-        "a b@c.co",
-        None,
-        1,
-    ],
-    ids=str,
+    "email", [*BAD_EMAILS, "a" * 290 + "@example.com", None, 1], ids=lambda email: repr(email)[:20]
 )
 def test_only_one_plain_email_is_taken(service: Service, email: object) -> None:
     assert register(service, email=email).status_code == 422
 
 
 @pytest.mark.parametrize(
-    "password", ["x" * 7, "x" * 129, "password", "12345678", "QwertyUIOP", "nul\u0000nul\u0000nul"]
+    "password",
+    ["x" * 7, "x" * 129, "password", "12345678", "QwertyUIOP", "nul\u0000nul\u0000nul"],
+    ids=["7 x", "129 x", "password", "12345678", "QwertyUIOP", "a NUL"],
 )
 def test_weak_and_endless_passwords_are_refused(service: Service, password: str) -> None:
     person, admin = sign_up(service), sign_in_admin(service)
@@ -1265,49 +1192,43 @@ def test_weak_and_endless_passwords_are_refused(service: Service, password: str)
     assert register(service, password="password123").status_code == 201
 
 
-FIELDS = [
-    ("first_name", "x" * 100, 200),
-    ("first_name", "x" * 101, 422),
-    ("first_name", "line\nbreak", 422),
-    ("last_name", "bell\u0007", 422),
-    ("last_name", "del\u007f", 422),
-    ("last_name", "next\u0085line", 422),
-    ("last_name", None, 200),
-    ("age", 1, 200),
-    ("age", 149, 200),
-    ("age", 0, 422),
-    ("age", 150, 422),
-    ("age", None, 200),
-    ("bio", "lines\nand 李\U0001f600", 200),
-    ("bio", "x" * 2_000, 200),
-    ("bio", "x" * 2_001, 422),
-    ("bio", "nul\u0000", 422),
-    ("avatar_url", "https://example.com/a.png", 200),
-    ("avatar_url", "http://example.com", 200),
-    ("avatar_url", "https://example.com/" + "x" * 481, 422),
-    ("avatar_url", "javascript:alert(1)", 422),
-    ("avatar_url", "ftp://example.com/a.png", 422),
-    ("avatar_url", "https://", 422),
-    ("avatar_url", "https://a b", 422),
-    ("avatar_url", "https://a/\u0001", 422),
-    ("email", None, 422),
-    ("password", None, 422),
-    ("role", None, 422),
-    ("role", "root", 422),
-    ("is_active", None, 422),
-]
+def bounds(**fields: tuple[list[Any], list[Any]]) -> pytest.MarkDecorator:
+    """Asks a test for each field about values that it takes, and then about others."""
+    rows, ids = [], []
+    for field, (good, bad) in fields.items():
+        for taken, value in [
+            *((True, value) for value in good),
+            *((False, value) for value in bad),
+        ]:
+            rows.append((field, value, taken))
+            length = len(str(value))
+            shown = repr(value) if length < 30 else f"of {length} characters"
+            ids.append(f"{field} {shown} is {'taken' if taken else 'refused'}")
+    return pytest.mark.parametrize(("field", "value", "taken"), rows, ids=ids)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "status"), FIELDS, ids=[f"{f}={str(v)[:25]!r}" for f, v, _ in FIELDS]
+@bounds(
+    first_name=(["x" * 100], ["x" * 101, "line\nbreak"]),
+    last_name=([None], ["bell\u0007", "del\u007f", "next\u0085line"]),
+    age=([1, 149, None], [0, 150]),
+    bio=(["lines\nand 李\U0001f600", "x" * 2_000], ["x" * 2_001, "nul\u0000"]),
+    avatar_url=(
+        ["https://example.com/a.png", "http://example.com"],
+        ["https://example.com/" + "x" * 481, "javascript:alert(1)", "ftp://example.com/a.png"]
+        + ["https://", "https://a b", "https://a/\u0001"],
+    ),
+    email=([], [None]),
+    password=([], [None]),
+    role=([], [None, "root"]),
+    is_active=([], [None]),
 )
 def test_each_field_of_a_user_keeps_its_bounds(
-    service: Service, field: str, value: object, status: int
+    service: Service, field: str, value: object, taken: bool
 ) -> None:
     person = sign_up(service)
     answer = sign_in_admin(service).api.patch(f"/users/{person.id}", json={field: value})
-    assert answer.status_code == status
-    if status == 200:
+    assert answer.status_code == (200 if taken else 422)
+    if taken:
         assert answer.json()[field] == value
     else:
         assert str(value) not in answer.text or len(str(value)) < 5
@@ -1322,76 +1243,45 @@ def test_names_are_trimmed_and_make_the_full_name(service: Service) -> None:
     assert none["full_name"] == f"user {person.id}"
 
 
-POST_FIELDS = [
-    ("title", "x" * 255, 200),
-    ("title", "x" * 256, 422),
-    ("title", "  x  ", 200),
-    ("title", "", 422),
-    ("title", " \u3000\n", 422),
-    ("title", "line\nbreak", 422),
-    ("title", "bell\u0007", 422),
-    ("title", None, 422),
-    ("content", "x" * 100_000, 200),
-    ("content", "x" * 100_001, 422),
-    ("content", "lines\n\tand 李\U0001f600", 200),
-    ("content", "", 422),
-    ("content", " \n\u2003", 422),
-    ("content", "nul\u0000", 422),
-    ("content", None, 422),
-    ("version", None, 422),
-    ("version", "first", 422),
-    ("version", 1.5, 422),
-    ("is_published", True, 422),
-]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "status"),
-    POST_FIELDS,
-    ids=[f"{f}={str(v)[:20]!r}" for f, v, _ in POST_FIELDS],
+@bounds(
+    title=(["x" * 255, "  x  "], ["x" * 256, "", " \u3000\n", "line\nbreak", "bell\u0007", None]),
+    content=(
+        ["x" * 100_000, "lines\n\tand 李\U0001f600"],
+        ["x" * 100_001, "", " \n\u2003", "nul\u0000", None],
+    ),
+    version=([], [None, "first", 1.5]),
+    is_published=([], [True]),
 )
 def test_each_field_of_a_post_keeps_its_bounds(
-    service: Service, field: str, value: Any, status: int
+    service: Service, field: str, value: Any, taken: bool
 ) -> None:
     author = sign_up(service)
     post = write(author)
     changed = author.api.patch(f"/posts/{post['id']}", json={field: value})
-    assert changed.status_code == status
+    assert changed.status_code == (200 if taken else 422)
     if field in ("title", "content"):
-        body = {"title": "x", "content": "x"} | {field: value}
-        assert author.api.post("/posts", json=body).status_code == (201 if status == 200 else 422)
-    if status == 200:
+        made = author.api.post("/posts", json=A_POST | {field: value})
+        assert made.status_code == (201 if taken else 422)
+    if taken:
         assert changed.json()[field] == (value.strip() if field == "title" else value)
     else:
         assert author.api.get(f"/posts/{post['id']}").json() == post
 
 
-@pytest.mark.parametrize(
-    ("text", "status"),
-    [("x" * 500, 201), ("x" * 501, 422), ("", 422), (" \n\u2003", 422), ("a\u0000", 422), (1, 422)],
-    ids=lambda value: repr(value)[:9],
-)
-def test_the_text_of_a_comment_keeps_its_bounds(service: Service, text: Any, status: int) -> None:
+@bounds(text=(["x" * 500], ["x" * 501, "", " \n\u2003", "a\u0000", 1]))
+def test_the_text_of_a_comment_keeps_its_bounds(
+    service: Service, field: str, value: Any, taken: bool
+) -> None:
     author = sign_up(service)
-    path = f"/posts/{publish(author)['id']}/comments"
-    assert author.api.post(path, json={"text": text}).status_code == status
+    answer = author.api.post(f"/posts/{publish(author)['id']}/comments", json={field: value})
+    assert answer.status_code == (201 if taken else 422)
 
 
-NOT_THEIRS = [
-    "id",
-    "is_superuser",
-    "hashed_password",
-    "author_id",
-    "created_at",
-    "full_name",
-    "sid",
-    "author",
-    "post_id",
-    "updated_at",
-]
+NOT_THEIRS = """id is_superuser hashed_password author_id created_at full_name sid author post_id
+    updated_at"""
 
 
-@pytest.mark.parametrize("field", NOT_THEIRS)
+@pytest.mark.parametrize("field", NOT_THEIRS.split())
 def test_nobody_assigns_what_is_not_theirs(service: Service, field: str) -> None:
     person, admin = sign_up(service), sign_in_admin(service)
     post = write(person)
@@ -4473,20 +4363,10 @@ def test_a_browser_gets_a_page_that_may_ask_nobody_else(demo: Service) -> None:
     assert "http" not in first.text
 
 
-def test_production_has_no_docs_and_logs_json(start: Callable[..., Service]) -> None:
+def test_in_production_there_are_neither_docs_nor_a_page(start: Callable[..., Service]) -> None:
     service = start(**PRODUCTION)
     for path in ("/docs", "/redoc", "/openapi.json", "/docs/swagger-ui-bundle.js"):
         assert service.client.get(service.address + path).status_code == 404
-    register(service)
-    eventually(lambda: "mail not sent" in service.log.read_text())
-    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
-    said = [line["message"] for line in lines if line.keys() == {"time", "level", "message"}]
-    assert "Application startup complete." in said
-    assert "mail not sent: SMTP_URL is not set" in said
-
-
-def test_in_production_there_are_neither_docs_nor_a_page(start: Callable[..., Service]) -> None:
-    service = start(**PRODUCTION)
     assert service.client.get(service.address, headers=HTML).json() == {"status": "ok"}
 
 
