@@ -1338,10 +1338,7 @@ async def show():
         await engine.dispose()
 asyncio.run(show())
 """
-    variables = os.environ | {"PYTHONPATH": str(HERE), "DATABASE_URL": "sqlite+aiosqlite:///a.db"}
-    command = [sys.executable, "-c", script]
-    shown = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert shown.stdout == "5000 wal 2 1 " * 2, shown.stderr
+    assert run_beside_main(script, tmp_path) == "5000 wal 2 1 " * 2
 
 
 def test_a_statement_costs_one_trip_to_the_thread_of_its_connection(tmp_path: Path) -> None:
@@ -1404,11 +1401,8 @@ def test_the_pool_for_postgresql_has_5_connections_and_10_more(tmp_path: Path) -
 @pytest.mark.slow
 def test_of_200_writers_at_once_all_succeed(service: Service) -> None:
     person = sign_up(service)
-    body = {"title": "One of many", "content": "x"}
-    answers = at_once(200, lambda _: person.api.post("/posts", json=body))
-    assert {answer.status_code for answer in answers} == {201}
-    assert len({answer.json()["id"] for answer in answers}) == 200
-    assert person.api.get("/users/me/posts").json()["total"] == 200
+    ids = {post["id"] for post in at_once(200, lambda _: write(person))}
+    assert len(ids) == person.api.get("/users/me/posts").json()["total"] == 200
 
 
 @pytest.mark.slow
@@ -1423,18 +1417,15 @@ def test_kill_9_loses_nothing_that_was_answered(
     person = sign_up(service)
     acknowledged: list[str] = []
 
-    def write() -> None:
+    def write_or_kill(number: int) -> None:
+        if number == 0:
+            eventually(lambda: len(acknowledged) > 20 + turn % 17)
+            service.process.kill()
         with contextlib.suppress(httpx.TransportError):
-            while True:
+            while number:
                 acknowledged.append(register(service).json()["email"])
 
-    writers = [threading.Thread(target=write) for _ in range(4)]
-    for writer in writers:
-        writer.start()
-    eventually(lambda: len(acknowledged) > 20 + turn % 17)
-    service.process.kill()
-    for writer in writers:
-        writer.join()
+    at_once(5, write_or_kill)
     service.crash()
     began = time.monotonic()
     service.start()
@@ -1452,14 +1443,13 @@ def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., S
         pytest.skip("only Linux can limit the files of another process")
     service = start()
     sign_up(service)
-    limits = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(
-        service.process.pid, resource.RLIMIT_FSIZE, (service.log.stat().st_size + 9_000, limits[1])
-    )
+    limit = partial(resource.prlimit, service.process.pid, resource.RLIMIT_FSIZE)
+    limits = limit()
+    limit((service.log.stat().st_size + 9_000, limits[1]))
     email = new_email()
     assert register(service, email=email).status_code == 503
     eventually(lambda: "the database failed: " in service.log.read_text())
-    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, limits)
+    limit(limits)
     assert log_in(service, email).status_code == 401
     assert register(service, email=email).status_code == 201
     assert service.sql("PRAGMA integrity_check") == [("ok",)]
@@ -1471,9 +1461,8 @@ def test_a_locked_database_is_503_for_writers_and_open_to_readers(
 ) -> None:
     service = start()
     person = sign_up(service)
-    with contextlib.closing(
-        sqlite3.connect(service.folder / "app.db", isolation_level=None)
-    ) as other:
+    file = service.folder / "app.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with ThreadPoolExecutor(2) as pool:
             change = partial(person.api.patch, "/users/me", json={"bio": "x"})
@@ -1486,9 +1475,8 @@ def test_a_locked_database_is_503_for_writers_and_open_to_readers(
     assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
 
 
-@pytest.mark.skipif(not POSTGRES, reason="TEST_DATABASE_URL is not set")
-def test_a_lock_that_postgresql_does_not_give_is_503(tmp_path: Path) -> None:
-    service = Service(tmp_path, "postgresql")
+def test_a_lock_that_postgresql_does_not_give_is_503(start: Callable[..., Service]) -> None:
+    service = start(database="postgresql")
     person = sign_up(service)
 
     async def patch_while_locked() -> Any:
@@ -1507,7 +1495,6 @@ def test_a_lock_that_postgresql_does_not_give_is_503(tmp_path: Path) -> None:
 
     assert asyncio.run(patch_while_locked()).status_code == 503
     assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
-    service.stop()
 
 
 class PostgresServer:
@@ -1571,27 +1558,15 @@ def test_a_postgresql_that_restarts_under_load_costs_503s_and_loses_nothing(
 
 @pytest.mark.parametrize(
     "password",
-    [
-        "x" * 73,
-        "\U0001f600" * 25,
-        "\U0001f600" * 64,
-        "Pässwört " * 14,
-        "  spaces count  ",
-        "x" * 128,
-    ],
+    ["x" * 73, "\U0001f600" * 25, "\U0001f600" * 64, "Pässwört " * 14, "  spaces  ", "x" * 128],
     ids=["73 x", "25 emoji", "64 emoji", "umlauts", "spaces", "128 x"],
 )
 def test_every_character_of_a_password_counts(service: Service, password: str) -> None:
     email = sign_up(service, password=password).email
-    for wrong in (
-        password[:-1],
-        password + "x",
-        password[:-1] + "y",
-        password.swapcase(),
-        password.strip(),
-    ):
-        if wrong != password:
-            assert log_in(service, email, wrong).json()["error_code"] == "INVALID_CREDENTIALS"
+    shorter = password[:-1]
+    others = {shorter, f"{shorter}y", f"{password}x", password.swapcase(), password.strip()}
+    for wrong in others - {password}:
+        assert log_in(service, email, wrong).json()["error_code"] == "INVALID_CREDENTIALS"
 
 
 def test_a_digest_that_begins_with_nul_is_told_from_another(service: Service) -> None:
@@ -1707,13 +1682,11 @@ def test_of_keys_made_at_once_the_first_wins(
 
 
 @pytest.mark.parametrize("secret", ["-----BEGIN PUBLIC KEY-----", "ssh-rsa ", '{"keys": []}'])
-def test_a_secret_key_may_look_like_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
-) -> None:
-    secret = secret.ljust(40, "x")
-    monkeypatch.setattr(main.settings, "secret_key", secret.encode())
+def test_a_secret_key_may_look_like_anything(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    key = secret.ljust(40, "x").encode()
+    monkeypatch.setattr(main.settings, "secret_key", key)
     signed = jwt.encode({"a": 1}, main.signing_key.__wrapped__(), "HS256")
-    digest = hmac.new(secret.encode(), signed.rpartition(".")[0].encode(), hashlib.sha256).digest()
+    digest = hmac.digest(key, signed.rpartition(".")[0].encode(), "sha256")
     assert signed.endswith(base64.urlsafe_b64encode(digest).decode().rstrip("="))
 
 
@@ -1741,20 +1714,14 @@ def test_the_longest_life_of_a_session_bounds_its_tokens(start: Callable[..., Se
 
 
 def forge(
-    account: Account,
-    kind: str = "access",
-    drop: str | None = None,
-    key: str = KEY,
-    **changes: Any,
+    account: Account, kind: str = "access", drop: str = "", key: str = KEY, **changes: Any
 ) -> str:
     """A token as the service makes them, but for the changes."""
     claims = jwt.get_unverified_claims(account.tokens[f"{kind}_token"]) | changes
     return str(jwt.encode({k: v for k, v in claims.items() if k != drop}, key, "HS256"))
 
 
-def raw_token(
-    header: object, claims: object, key: str = KEY, signature: bytes | None = None
-) -> str:
+def raw_token(header: object, claims: object) -> str:
     """Put together by hand, for what no library would sign."""
 
     def part(value: object) -> str:
@@ -1762,8 +1729,7 @@ def raw_token(
         return base64.urlsafe_b64encode(text).rstrip(b"=").decode()
 
     signed = f"{part(header)}.{part(claims)}"
-    digest = hmac.new(key.encode(), signed.encode(), hashlib.sha256).digest()
-    return f"{signed}.{part(digest if signature is None else signature)}"
+    return f"{signed}.{part(hmac.digest(KEY.encode(), signed.encode(), 'sha256'))}"
 
 
 def forgeries(person: Account, kind: str = "access") -> dict[str, tuple[str, ...]]:
@@ -1772,28 +1738,8 @@ def forgeries(person: Account, kind: str = "access") -> dict[str, tuple[str, ...
     claims = jwt.get_unverified_claims(token)
     header, payload, _ = token.split(".")
     make = partial(forge, person, kind)
-    algorithms: list[object] = [
-        "none",
-        "None",
-        "NONE",
-        "nOnE",
-        "",
-        "HS384",
-        "RS256",
-        ["HS256"],
-        "HS",
-        None,
-    ]
-    forged = {
-        f"alg {alg!r}": (raw_token({"typ": "JWT", "alg": alg}, claims),) for alg in algorithms
-    } | {
-        f"alg {alg!r} without a signature": (
-            raw_token({"typ": "JWT", "alg": alg}, claims, signature=b""),
-        )
-        for alg in algorithms
-    }
     deep = base64.urlsafe_b64encode(b"[" * 5_000).decode()
-    return forged | {
+    forged: dict[str, tuple[str, ...]] = {
         "signature stripped": (f"{header}.{payload}.", f"{header}.{payload}"),
         "another key": (make(key="another key, which is long enough too"),),
         "another payload": (
@@ -1816,37 +1762,27 @@ def forgeries(person: Account, kind: str = "access") -> dict[str, tuple[str, ...
         ),
         "a token of the other kind": (person.tokens[f"{other}_token"], make(type=other)),
         "another type": (make(type=kind.upper()), make(type=[kind])),
-        "junk behind it": (
-            token + "A",
-            token + "=",
-            token + ".A",
-            token + "\u00e9",
-            token + " x",
-        ),
+        "junk behind it": tuple(token + junk for junk in ("A", "=", ".A", "\u00e9", " x")),
         "nothing": (".", ".."),
     }
+    for alg in ("none", "None", "NONE", "nOnE", "", "HS384", "RS256", ["HS256"], "HS", None):
+        signed = raw_token({"typ": "JWT", "alg": alg}, claims)
+        forged[f"alg {alg!r}"] = (signed, signed[: signed.rindex(".") + 1])
+    return forged
 
 
-def test_no_forged_token_is_taken(service: Service) -> None:
+@pytest.mark.parametrize("kind", ["access", "refresh"])
+def test_no_forged_token_is_taken(service: Service, kind: str) -> None:
     person = sign_up(service)
-    for wrong, tokens in forgeries(person).items():
+    for wrong, tokens in forgeries(person, kind).items():
         for token in tokens:
-            headers = {b"Authorization": b"Bearer " + token.encode("latin-1")}
-            answer = service.client.get("/users/me", headers=headers)
-            assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN"), (
-                wrong
-            )
+            if kind == "access":
+                headers = {b"Authorization": b"Bearer " + token.encode("latin-1")}
+                answer = service.client.get("/users/me", headers=headers)
+            else:
+                answer = refresh(service, token)
+            assert answer.json()["error_code"] == "INVALID_TOKEN", wrong
     assert person.api.get("/users/me").status_code == 200
-
-
-def test_no_forged_refresh_token_is_taken(service: Service) -> None:
-    person = sign_up(service)
-    for wrong, tokens in forgeries(person, "refresh").items():
-        for token in tokens:
-            answer = refresh(service, token)
-            assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN"), (
-                wrong
-            )
     assert refresh(service, person.tokens["refresh_token"]).status_code == 200
 
 
@@ -2088,7 +2024,7 @@ def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
 ) -> None:
     here, there = two(redis_server.url)
     author = sign_up(here)
-    old = publish(author)["id"]
+    publish(author)  # which is old
     there.stop()
     redis_server.freeze()
     there.start()
@@ -2098,7 +2034,6 @@ def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
         eventually(lambda: there.log.read_text().count("Redis answers") > 1)
         new = publish(author)["id"]
         assert [post["id"] for _, post in listener.wait(1)] == [new]
-        assert old != new
 
 
 @pytest.mark.slow
@@ -2199,7 +2134,6 @@ def test_every_answer_tells_where_the_client_stands(
     assert left == [3, 2, 1, 0]
     refused = service.client.get("/posts", headers=origin)
     assert refused.json()["error_code"] == "RATE_LIMITED"
-    assert refused.status_code == 429
     assert refused.headers["access-control-allow-origin"] == origin["Origin"]
     wait = refused.headers["retry-after"]
     assert refused.headers["ratelimit"] == f'"default";r=0;t={wait}'
@@ -2229,9 +2163,8 @@ def test_health_verify_docs_and_preflights_are_not_limited(start: Callable[..., 
     for path in ("/healthy", "/docsy", "/api/v1/auth/verify/x"):
         assert service.client.get(service.address + path).status_code == 429
     with socket.create_connection(("127.0.0.1", service.port)) as connection:
-        connection.sendall(
-            b"GET /api/v1/posts HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n"
-        )
+        head = b"GET /api/v1/posts HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n"
+        connection.sendall(head)
         assert connection.recv(1_000).startswith(b"HTTP/1.1 429 ")
 
 
@@ -2252,11 +2185,9 @@ def test_limits_that_are_off_show_nothing(start: Callable[..., Service]) -> None
 
 def test_a_stranger_cannot_choose_to_be_somebody_else(start: Callable[..., Service]) -> None:
     service = start(RATE_LIMIT="150/hour", AUTH_RATE_LIMIT="3/hour")
-    answers = [
-        service.client.get("/posts", headers={"X-Forwarded-For": f"10.0.{i}.1"}).status_code
-        for i in range(200)
-    ]
-    assert answers == [200] * 150 + [429] * 50
+    strangers = [{"X-Forwarded-For": f"10.0.{number}.1"} for number in range(200)]
+    answers = [service.client.get("/posts", headers=stranger) for stranger in strangers]
+    assert [answer.status_code for answer in answers] == [200] * 150 + [429] * 50
     for _ in range(3):
         assert log_in(service, "a@example.com").status_code == 401
     odd = service.client.post("/auth/login%0A", data={"username": "a@example.com", "password": "x"})
@@ -2268,16 +2199,15 @@ def test_behind_a_proxy_each_client_has_its_own_limit(
 ) -> None:
     service = start(RATE_LIMIT="2/hour", FORWARDED_ALLOW_IPS="127.0.0.1", **kept_in)
 
-    def get(address: str) -> int:
-        answer = service.client.get("/posts", headers={"X-Forwarded-For": address})
-        return answer.status_code
+    def get(*addresses: str) -> list[int]:
+        sent = [{"X-Forwarded-For": address} for address in addresses]
+        return [service.client.get("/posts", headers=headers).status_code for headers in sent]
 
-    assert [get("10.0.0.1"), get("10.0.0.1"), get("10.0.0.1")] == [200, 200, 429]
-    assert [get("10.0.0.2:5000"), get("10.0.0.2"), get("::ffff:10.0.0.2")] == [200, 200, 429]
-    same = ["2001:db8::1", "2001:db8:0:0:ffff::2", "[2001:db8::3]:443"]
-    assert [get(address) for address in same] == [200, 200, 429]
-    assert get("2001:db8:0:1::1") == 200  # the next /64
-    assert [get("nonsense"), get('1.2.3.4 user 1 "'), get("x" * 5_000)] == [200, 200, 429]
+    assert get("10.0.0.1", "10.0.0.1", "10.0.0.1") == [200, 200, 429]
+    assert get("10.0.0.2:5000", "10.0.0.2", "::ffff:10.0.0.2") == [200, 200, 429]
+    assert get("2001:db8::1", "2001:db8:0:0:ffff::2", "[2001:db8::3]:443") == [200, 200, 429]
+    assert get("2001:db8:0:1::1") == [200]  # the next /64
+    assert get("nonsense", '1.2.3.4 user 1 "', "x" * 5_000) == [200, 200, 429]
     assert "1.2.3.4 user" not in service.log_so_far()
 
 
