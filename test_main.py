@@ -565,6 +565,10 @@ def at_once(times: int, call: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(one, range(times)))
 
 
+def all_at_once(*calls: Callable[[], Any]) -> list[Any]:
+    return at_once(len(calls), lambda number: calls[number]())
+
+
 def eventually(what: Callable[[], Any], seconds: float = 5) -> Any:
     """Waits for what happens in the background."""
     until = time.monotonic() + seconds
@@ -2267,7 +2271,7 @@ def test_what_anybody_may_read_is_answered_from_memory(service: Service) -> None
     post = publish(author)["id"]
     comment(author, post)
     remembers = service.database == "sqlite"
-    for path in (f"/posts/{post}", f"/posts/{post}/comments", "/posts?size=2", "/posts"):
+    for path in ("/posts", "/posts?size=2", f"/posts/{post}/comments", f"/posts/{post}"):
         first, second = service.client.get(path), service.client.get(path)
         assert first.headers.get("x-cache") == ("miss" if remembers else None)
         assert second.headers.get("x-cache") == ("hit" if remembers else None)
@@ -2287,8 +2291,8 @@ def test_what_anybody_may_read_is_answered_from_memory(service: Service) -> None
             assert "content-type" not in same.headers
         for other in ('"other"', "", etag.strip('"')[:-1]):
             assert service.client.get(path, headers={"If-None-Match": other}).status_code == 200
-    changed = author.api.patch(f"/posts/{post}", json={"title": "Another"})
-    newer = service.client.get(f"/posts/{post}", headers={"If-None-Match": first.headers["etag"]})
+    changed = author.api.patch(path, json={"title": "Another"})
+    newer = service.client.get(path, headers={"If-None-Match": etag})
     assert newer.json() == changed.json()
 
 
@@ -2373,29 +2377,27 @@ def test_sessions_do_not_empty_the_memory(service: Service) -> None:
 def test_nobody_is_answered_what_was_true_before(service: Service) -> None:
     """A change is seen by the next request, whoever reads beside it."""
     author = sign_up(service)
-    draft, post = write(author), publish(author)
-    assert author.api.get(f"/posts/{draft['id']}").status_code == 200
-    assert service.client.get(f"/posts/{draft['id']}").status_code == 404
+    draft, post = (f"/posts/{kind(author)['id']}" for kind in (write, publish))
+    assert author.api.get(draft).status_code == 200
+    assert service.client.get(draft).status_code == 404
     done = threading.Event()
-    strange: list[int] = []
 
     def read() -> None:
         while not done.is_set():
-            strange.append(service.client.get(f"/posts/{draft['id']}").status_code)
-            service.client.get(f"/posts/{post['id']}")
+            assert service.client.get(draft).status_code == 404
+            service.client.get(post)
             service.client.get("/posts")
 
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    for number in range(1_000 if FULL else 30):
-        changed = author.api.patch(f"/posts/{post['id']}", json={"title": f"Number {number}"})
-        assert service.client.get(f"/posts/{post['id']}").json() == changed.json()
-        assert service.client.get("/posts?size=1").json()["items"] == [changed.json()]
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert set(strange) == {404}
+    def change() -> None:
+        try:
+            for number in range(1_000 if FULL else 30):
+                changed = author.api.patch(post, json={"title": f"Number {number}"})
+                assert service.client.get(post).json() == changed.json()
+                assert service.client.get("/posts?size=1").json()["items"] == [changed.json()]
+        finally:
+            done.set()
+
+    all_at_once(change, read, read, read)
 
 
 RACE = """
@@ -2564,14 +2566,13 @@ def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]
     "reason", ["CACHE_SECONDS=0", "WORKERS=2", "REDIS_URL=", "a child process"]
 )
 def test_nothing_is_remembered_where_others_may_write(
-    start: Callable[..., Service], tmp_path: Path, reason: str
+    start: Callable[..., Service], reason: str
 ) -> None:
     """Each of several processes answers what is true now, whichever of them wrote it."""
     name, _, value = reason.partition("=")
-    workers = [*UVICORN, "--workers", "2"]
     if name == "REDIS_URL":
         value = new_redis()
-    service = start(**{name: value}) if value else start(command=workers)
+    service = start(**{name: value}) if value else start(command=[*UVICORN, "--workers", "2"])
     author = sign_up(service)
     post = publish(author)["id"]
     anew = {"Connection": "close"}  # the next connection may meet the other process
@@ -2680,7 +2681,7 @@ def test_who_comes_back_with_the_last_event_misses_nothing(service: Service) -> 
         ids = [publish(author)["id"] for _ in range(3)]
         first.wait(3)
     missed = [publish(author)["id"] for _ in range(2)]
-    by_header = Listener(service, **{"Last-Event-ID": first.ids[0]})
+    by_header = Listener(service, **{"Last-Event-ID": first.ids[0]}, **author.api.headers)
     by_query = Listener(service, f"?last_event_id={first.ids[0]}")
     by_both = Listener(service, f"?last_event_id={first.ids[0]}", **{"Last-Event-ID": first.ids[2]})
     by_post = Listener(service, f"?last_event_id={first.ids[0]}&post_id={missed[0]}")
@@ -2790,12 +2791,8 @@ def test_superusers_choose_whether_a_welcome_is_sent(
 ) -> None:
     admin, silent, greeted = sign_in_admin(service), new_email(), new_email()
     for email, query in ((silent, ""), (greeted, "?send_welcome=true")):
-        assert (
-            admin.api.post(
-                f"/users{query}", json={"email": email, "password": PASSWORD}
-            ).status_code
-            == 201
-        )
+        body = {"email": email, "password": PASSWORD}
+        assert admin.api.post(f"/users{query}", json=body).status_code == 201
     eventually(lambda: mail_server.mails_to(greeted))
     assert not mail_server.mails_to(silent)
 
@@ -2849,8 +2846,8 @@ def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         port = deaf.getsockname()[1] if failure == "silent" else free_port()
-        settings = {"SMTP_URL": f"smtp://user:hunter2@127.0.0.1:{port}"}
-        service = start(**settings, MAIL_FROM="us@example.com")
+        url = f"smtp://user:hunter2@127.0.0.1:{port}"
+        service = start(SMTP_URL=url, MAIL_FROM="us@example.com")
         began = time.monotonic()
         email = register(service).json()["email"]
         assert time.monotonic() - began < 2
@@ -2873,12 +2870,14 @@ def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[...,
 # --- Dependencies ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Basic YTpi", "Token x", "Bearer \udcff"])
-def test_anything_but_a_bearer_token_is_401(service: Service, header: str) -> None:
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer bad", "Basic YTpi", "Token x", "Bearer \udcff"]
+)
+def test_anything_but_a_good_bearer_token_is_401(service: Service, header: str) -> None:
     sent = {b"Authorization": header.encode("utf-8", "surrogateescape")}
     for path in ("/users/me", "/posts", "/events"):
         answer = service.client.get(path, headers=sent)
-        assert (answer.status_code, answer.json()["error_code"]) == (401, "INVALID_TOKEN")
+        assert answer.json()["error_code"] == "INVALID_TOKEN"
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
@@ -2905,12 +2904,10 @@ def test_who_loses_a_right_is_refused_on_the_very_next_request(service: Service)
     admin.api.delete(f"/users/{deleted.id}")
     for gone in (deactivated, deleted):
         for junk in ("", "A"):
-            assert (
-                service.as_(gone.tokens["access_token"] + junk).get("/users/me").status_code == 401
-            )
-        assert (
-            refresh(service, gone.tokens["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
-        )
+            again = service.as_(gone.tokens["access_token"] + junk)
+            assert again.get("/users/me").status_code == 401
+        refused = refresh(service, gone.tokens["refresh_token"])
+        assert refused.json()["error_code"] == "INVALID_TOKEN"
     admin.api.patch(f"/users/{deactivated.id}", json={"is_active": True})
     assert deactivated.api.get("/users/me").status_code == 401
     assert log_in(service, deactivated.email).status_code == 200
@@ -2950,6 +2947,8 @@ TABLE: list[tuple[str, str, Any, tuple[int, int, int, int]]] = [
     ("PATCH", "/users/{user}", {"password": "a new password"}, (401, 403, 403, 200)),
     ("PATCH", "/users/me", {"role": "user"}, (401, 403, 403, 409)),
     ("PATCH", "/users/me", {"is_active": False}, (401, 403, 403, 409)),
+    ("PATCH", "/users/me", {"email": "new@example.com"}, (401, 403, 403, 403)),
+    ("PATCH", "/users/me", {"password": "a new password"}, (401, 403, 403, 403)),
     ("PATCH", f"/users/{NEVER}", {"bio": "x"}, (401, 403, 403, 404)),
     ("GET", "/users", None, (401, 200, 200, 200)),
     ("POST", "/users", {}, (401, 403, 403, 422)),
@@ -3013,21 +3012,16 @@ def test_who_may_do_what(
 
 def test_every_route_stands_in_the_table_of_who_may_do_what(service: Service) -> None:
     paths = service.client.get(f"{service.address}/openapi.json").json()["paths"]
-    open_to_all = {
-        "/",
-        "/health",
-        "/api/v1/auth/register",
-        "/api/v1/auth/login",
-        "/api/v1/auth/refresh",
-        "/api/v1/events",
-    }
-    routes = {
-        (m.upper(), p) for p, methods in paths.items() if p not in open_to_all for m in methods
-    }
+    routes = {(m.upper(), path) for path, methods in paths.items() for m in methods}
     there = {(row[0], "/api/v1" + row[1].partition("?")[0]) for row in TABLE}
     there = {(m, re.sub(r"\{(post|draft)\}", "{post_id}", p)) for m, p in there}
     there = {(m, re.sub(r"\{(comment|note|reply)\}", "{comment_id}", p)) for m, p in there}
-    assert routes <= there
+    assert routes - there == {  # what is open to all
+        ("GET", "/"),
+        ("GET", "/health"),
+        *(("POST", f"/api/v1/auth/{name}") for name in ("register", "login", "refresh")),
+        ("GET", "/api/v1/events"),
+    }
 
 
 # --- Routes: accounts and tokens ------------------------------------------------------------------
@@ -3070,15 +3064,14 @@ def test_of_50_registrations_of_one_email_at_once_one_succeeds(service: Service)
     assert {a.json()["error_code"] for a in answers if a.status_code == 409} == {"EMAIL_TAKEN"}
 
 
-def test_registration_may_be_closed_and_cors_open(start: Callable[..., Service]) -> None:
-    service = start(REGISTRATION="closed", CORS_ORIGINS="*")
+def test_closed_registration_leaves_it_to_superusers_to_make_accounts(
+    start: Callable[..., Service],
+) -> None:
+    service = start(REGISTRATION="closed")
     assert register(service).json()["error_code"] == "INSUFFICIENT_PERMISSIONS"
     body = {"email": new_email(), "password": PASSWORD}
     assert sign_in_admin(service).api.post("/users", json=body).status_code == 201
     assert sign_in(service, body["email"]).id == 2
-    any_origin = service.client.get("/users/me", headers={"Origin": "http://any.example"}).headers
-    assert any_origin["access-control-allow-origin"] == "*"
-    assert "access-control-allow-credentials" not in any_origin
 
 
 def test_login_takes_the_forms_of_oauth2_and_ignores_the_rest(service: Service) -> None:
@@ -3102,11 +3095,8 @@ def test_a_refused_login_does_not_tell_why(service: Service) -> None:
         log_in(service, "nul\u0000@example.com"),
         log_in(service, person.email, "x" * 5_000),
     ]
-    for answer in refused:
-        assert answer.status_code == 401
-        body = answer.json() | {"request_id": ""}
-        assert body == refused[0].json() | {"request_id": ""}
-        assert body["error_code"] == "INVALID_CREDENTIALS"
+    assert all(answer.json()["error_code"] == "INVALID_CREDENTIALS" for answer in refused)
+    assert len({answer.json()["detail"] for answer in refused}) == 1
 
 
 def test_a_login_with_an_endless_email_is_refused_at_once(service: Service) -> None:
@@ -3161,15 +3151,12 @@ def test_a_refresh_gives_two_new_tokens(service: Service) -> None:
 
 def test_who_asks_again_within_ten_seconds_gets_the_same_refresh_token(service: Service) -> None:
     person = sign_up(service)
-    service.sql(
-        f"UPDATE session SET rotated_at = {service.ago(hours=1)} WHERE user_id = {person.id}"
-    )
+    rotate = f"UPDATE session SET rotated_at = %s WHERE user_id = {person.id}"
+    service.sql(rotate % service.ago(hours=1))
     first, again = (refresh(service, person.tokens["refresh_token"]).json() for _ in range(2))
     assert again["refresh_token"] == first["refresh_token"]
     assert again["access_token"] != first["access_token"]
-    service.sql(
-        f"UPDATE session SET rotated_at = {service.ago(seconds=9)} WHERE user_id = {person.id}"
-    )
+    service.sql(rotate % service.ago(seconds=9))
     assert refresh(service, person.tokens["refresh_token"]).status_code == 200
 
 
@@ -3182,8 +3169,7 @@ def test_20_refreshes_at_once_share_one_new_token(service: Service) -> None:
 
 
 def assert_reuse_ends_the_session(person: Account, used: str, latest: dict[str, Any]) -> None:
-    answer = refresh(person.service, used)
-    assert (answer.status_code, answer.json()["error_code"]) == (401, "TOKEN_REUSED")
+    assert refresh(person.service, used).json()["error_code"] == "TOKEN_REUSED"
     assert refresh(person.service, latest["refresh_token"]).json()["error_code"] == "INVALID_TOKEN"
     assert person.service.as_(latest["access_token"]).get("/users/me").status_code == 401
 
@@ -3234,16 +3220,8 @@ def test_verify_tells_a_proxy_who_it_is(service: Service) -> None:
 
 
 PUBLIC = {"id", "full_name", "bio", "avatar_url", "created_at"}
-WHOLE = PUBLIC | {
-    "email",
-    "first_name",
-    "last_name",
-    "age",
-    "role",
-    "is_superuser",
-    "is_active",
-    "updated_at",
-}
+WHOLE = {"email", "first_name", "last_name", "age", "role", "is_superuser", "is_active"}
+WHOLE |= {"updated_at"} | PUBLIC
 
 
 def test_others_see_what_is_public_and_superusers_the_whole(service: Service) -> None:
@@ -3253,11 +3231,9 @@ def test_others_see_what_is_public_and_superusers_the_whole(service: Service) ->
     assert admin.api.get(f"/users/{owner.id}").json() == owner.api.get("/users/me").json()
     last = {"page": other.api.get("/users?size=1").json()["pages"], "size": 1}
     (seen,) = other.api.get("/users", params=last).json()["items"]
-    assert seen == {
-        name: value for name, value in other.api.get("/users/me").json().items() if name in PUBLIC
-    }
-    (seen,) = admin.api.get("/users", params=last).json()["items"]
-    assert seen == other.api.get("/users/me").json()
+    me = other.api.get("/users/me").json()
+    assert seen == {name: me[name] for name in PUBLIC}
+    assert admin.api.get("/users", params=last).json()["items"] == [me]
 
 
 def test_users_are_listed_by_id_in_pages_and_by_is_active(start: Callable[..., Service]) -> None:
@@ -3299,7 +3275,7 @@ def test_only_the_fields_of_a_user_that_are_sent_change(service: Service) -> Non
     assert person.api.patch("/users/me", json={}).json() == after
 
 
-@pytest.mark.parametrize("field", [{"role": "admin"}, {"is_active": True}])
+@pytest.mark.parametrize("field", [{"role": "admin"}, {"is_active": True}], ids=str)
 def test_role_and_is_active_are_for_superusers(service: Service, field: dict[str, Any]) -> None:
     person = sign_up(service)
     assert register(service, **field).status_code == 422
@@ -3308,34 +3284,19 @@ def test_role_and_is_active_are_for_superusers(service: Service, field: dict[str
     assert person.api.get("/users/me").json()["bio"] is None
 
 
-@pytest.mark.parametrize("change", [{"email": "taken"}, {"password": "a new password"}])
+@pytest.mark.parametrize("field", ["email", "password"])
 def test_ones_own_email_and_password_need_the_current_password(
-    service: Service, change: dict[str, str]
+    service: Service, field: str
 ) -> None:
     person = sign_up(service)
-    if "email" in change:
-        change = {"email": new_email()}
+    change = {field: new_email() if field == "email" else "a new password"}
     for current in ({}, {"current_password": "wrong password"}, {"current_password": ""}):
         refused = person.api.patch("/users/me", json=change | current)
-        assert (refused.status_code, refused.json()["error_code"]) == (
-            403,
-            "INSUFFICIENT_PERMISSIONS",
-        )
+        assert refused.json()["error_code"] == "INSUFFICIENT_PERMISSIONS"
     done = person.api.patch("/users/me", json=change | {"current_password": PASSWORD})
     assert done.status_code == 200
-    assert (
-        log_in(
-            service, change.get("email", person.email), change.get("password", PASSWORD)
-        ).status_code
-        == 200
-    )
+    sign_in(service, change.get("email", person.email), change.get("password", PASSWORD))
     assert log_in(service, person.email, PASSWORD).status_code == 401
-
-
-def test_superusers_too_need_their_current_password_for_their_own(service: Service) -> None:
-    admin = sign_in_admin(service)
-    for change in ({"email": new_email()}, {"password": "a new password"}):
-        assert admin.api.patch("/users/me", json=change).status_code == 403
 
 
 def test_an_email_that_is_taken_is_409(service: Service) -> None:
@@ -3359,21 +3320,19 @@ def test_a_new_password_ends_all_other_sessions(service: Service) -> None:
 
 def test_of_two_new_passwords_at_once_one_counts(service: Service) -> None:
     person = sign_up(service)
-    new = ["the first new one", "the second new one"]
-    answers = at_once(
-        2,
-        lambda n: person.api.patch(
-            "/users/me", json={"password": new[n], "current_password": PASSWORD}
-        ),
-    )
-    assert sorted(answer.status_code for answer in answers) in ([200, 403], [200, 409])
-    for password, answer in zip(new, answers, strict=True):
-        assert log_in(service, person.email, password).status_code == (
-            200 if answer.status_code == 200 else 401
-        )
+    new = [{"password": f"new password {n}", "current_password": PASSWORD} for n in range(2)]
+    answers = at_once(2, lambda n: person.api.patch("/users/me", json=new[n]))
+    statuses = [answer.status_code for answer in answers]
+    assert sorted(statuses) in ([200, 403], [200, 409])
+    logins = [log_in(service, person.email, body["password"]).status_code for body in new]
+    assert logins == [200 if status == 200 else 401 for status in statuses]
 
 
-@pytest.mark.parametrize("removal", [{"role": "user"}, {"is_active": False}, None], ids=str)
+@pytest.mark.parametrize(
+    "removal",
+    [{"role": "user"}, {"is_active": False}, None],
+    ids=["demoted", "deactivated", "deleted"],
+)
 def test_two_admins_who_remove_each_other_leave_one(
     service: Service, removal: dict[str, Any] | None
 ) -> None:
@@ -3386,8 +3345,7 @@ def test_two_admins_who_remove_each_other_leave_one(
         pair = [sign_up(service), sign_up(service)]
         for person in pair:
             sign_in_admin(service).api.patch(f"/users/{person.id}", json={"role": "admin"})
-        both = partial(remove, *pair), partial(remove, *reversed(pair))
-        at_once(2, lambda number, both=both: both[number]())  # type: ignore[misc]
+        all_at_once(partial(remove, *pair), partial(remove, *reversed(pair)))
         ids = f"({pair[0].id}, {pair[1].id})"
         left = f"""SELECT count(*) FROM "user" WHERE id IN {ids} AND role = 'admin' AND is_active"""
         assert service.sql(left) == [(1,)]
@@ -3415,19 +3373,18 @@ def test_a_user_is_deleted_while_they_and_others_write(service: Service) -> None
     for _ in range(5):
         person = sign_up(service)
         post, draft = publish(person)["id"], write(person)["id"]
-        calls = [
+        deleted, *others = all_at_once(
             partial(admin.api.delete, f"/users/{person.id}"),
             partial(person.api.post, f"/posts/{post}/comments", json={"text": "x"}),
             partial(other.api.post, f"/posts/{post}/comments", json={"text": "x"}),
             partial(person.api.post, f"/posts/{elsewhere}/comments", json={"text": "x"}),
             partial(person.api.post, f"/posts/{draft}/publish"),
-            partial(person.api.post, "/posts", json={"title": "x", "content": "x"}),
-        ]
-        codes = [answer.status_code for answer in at_once(6, lambda n, calls=calls: calls[n]())]  # type: ignore[misc]
-        assert codes[0] == 204
-        assert set(codes[1:]) <= {200, 201, 401, 404, 409}
-        for table in ("post", "comment", "session"):
-            column = "user_id" if table == "session" else "author_id"
+            partial(person.api.post, "/posts", json=A_POST),
+        )
+        assert deleted.status_code == 204
+        assert {answer.status_code for answer in others} <= {200, 201, 401, 404, 409}
+        for column in ("post.author_id", "comment.author_id", "session.user_id"):
+            table = column.partition(".")[0]
             assert service.sql(f"SELECT id FROM {table} WHERE {column} = {person.id}") == []
 
 
@@ -3496,15 +3453,14 @@ def test_the_author_filter_takes_part_of_a_name_literally(service: Service) -> N
 def test_posts_are_filtered_by_dates_inclusively(service: Service) -> None:
     name = uuid4().hex
     author = sign_up(service, first_name=name)
-    times = [
-        "2024-01-01 23:59:59.999999",
-        "2024-01-02 00:00:00.000000",
-        "2024-01-02 12:30:00.000000",
-    ]
+    early, midnight, noon = (publish(author)["id"] for _ in range(3))
     zone = "+00" if service.database == "postgresql" else ""
-    early, midnight, noon = (publish(author)["id"] for _ in times)
-    for post_id, moment in zip((early, midnight, noon), times, strict=True):
-        service.sql(f"UPDATE post SET created_at = '{moment}{zone}' WHERE id = {post_id}")
+    for post, moment in (
+        (early, "2024-01-01 23:59:59.999999"),
+        (midnight, "2024-01-02 00:00:00.000000"),
+        (noon, "2024-01-02 12:30:00.000000"),
+    ):
+        service.sql(f"UPDATE post SET created_at = '{moment}{zone}' WHERE id = {post}")
     for query, expected in {
         "min_date=2024-01-02": [noon, midnight],
         "max_date=2024-01-02": [noon, midnight, early],
@@ -3598,17 +3554,15 @@ def test_a_version_that_is_not_the_current_one_changes_nothing(
     now_at_two = author.api.patch(f"/posts/{post['id']}", json={"version": 1}).json()
     body = {"title": "Too late", "version": version}
     late = author.api.patch(f"/posts/{post['id']}", json=body)
-    assert (late.status_code, late.json()["error_code"]) == (409, "CONFLICT")
+    assert late.json()["error_code"] == "CONFLICT"
     assert author.api.get(f"/posts/{post['id']}").json() == now_at_two
 
 
 def test_of_20_edits_of_one_version_at_once_one_wins(service: Service) -> None:
     author = sign_up(service)
     post = write(author)
-    answers = at_once(
-        20,
-        lambda n: author.api.patch(f"/posts/{post['id']}", json={"title": f"{n}", "version": 1}),
-    )
+    bodies = [{"title": f"{number}", "version": 1} for number in range(20)]
+    answers = at_once(20, lambda n: author.api.patch(f"/posts/{post['id']}", json=bodies[n]))
     assert sorted(answer.status_code for answer in answers) == [200] + [409] * 19
     (winner,) = (answer.json() for answer in answers if answer.status_code == 200)
     assert author.api.get(f"/posts/{post['id']}").json() == winner
@@ -3617,13 +3571,12 @@ def test_of_20_edits_of_one_version_at_once_one_wins(service: Service) -> None:
 def test_of_20_edits_without_a_version_at_once_none_is_lost(service: Service) -> None:
     author = sign_up(service)
     post = write(author)
-    answers = at_once(
-        20, lambda n: author.api.patch(f"/posts/{post['id']}", json={"title": f"{n}"})
-    )
+    path = f"/posts/{post['id']}"
+    answers = at_once(20, lambda n: author.api.patch(path, json={"title": f"{n}"}))
     assert {answer.status_code for answer in answers} == {200}
     assert sorted(answer.json()["version"] for answer in answers) == list(range(2, 22))
     last = max((answer.json() for answer in answers), key=lambda body: int(body["version"]))
-    assert author.api.get(f"/posts/{post['id']}").json() == last
+    assert author.api.get(path).json() == last
 
 
 def test_publishing_happens_once_and_tells_the_admin_once(
@@ -3703,16 +3656,11 @@ def test_a_comment_on_a_post_that_goes_is_refused_or_goes_too(service: Service) 
     author, other = sign_up(service), sign_up(service)
     for _ in range(5):
         post = publish(author)["id"]
-
-        def act(number: int, post: int = post) -> int:
-            if number == 0:
-                return int(author.api.delete(f"/posts/{post}").status_code)
-            answer = other.api.post(f"/posts/{post}/comments", json={"text": "x"})
-            return int(answer.status_code)
-
-        deleted, *commented = at_once(5, act)
-        assert deleted == 204
-        assert set(commented) <= {201, 404}
+        comment_on_it = partial(other.api.post, f"/posts/{post}/comments", json={"text": "x"})
+        calls = [partial(author.api.delete, f"/posts/{post}"), *[comment_on_it] * 4]
+        deleted, *commented = all_at_once(*calls)
+        assert deleted.status_code == 204
+        assert {answer.status_code for answer in commented} <= {201, 404}
         assert service.sql(f"SELECT id FROM comment WHERE post_id = {post}") == []
 
 
@@ -3728,19 +3676,7 @@ def test_the_stream_of_one_post_ends_with_it(service: Service) -> None:
         author.api.delete(f"/posts/{other['id']}")
         author.api.delete(f"/posts/{post['id']}")
         assert listener.ended()
-        assert listener.events == [
-            ("comment.created", said),
-            ("post.deleted", {"id": post["id"]}),
-        ]
-
-
-def test_a_bad_token_on_the_stream_is_401(service: Service) -> None:
-    bad = service.as_("bad").get("/events")
-    assert (bad.status_code, bad.json()["error_code"]) == (401, "INVALID_TOKEN")
-    person = sign_up(service)
-    with Listener(service, **person.api.headers) as listener:
-        publish(person)
-        listener.wait(1)
+        assert listener.events == [("comment.created", said), ("post.deleted", {"id": post["id"]})]
 
 
 def test_people_in_a_room_hear_the_post_and_each_other(service: Service) -> None:
@@ -3748,12 +3684,8 @@ def test_people_in_a_room_hear_the_post_and_each_other(service: Service) -> None
     post, elsewhere = publish(author)["id"], publish(author)["id"]
     with in_room(author, post) as ann, in_room(other, post) as bo, in_room(other, elsewhere) as far:
         say(ann, type="message", text="  Hello 李\n ")
-        said = {
-            "type": "message",
-            "from": {"id": author.id, "full_name": "Ann"},
-            "text": "Hello 李",
-        }
-        assert hear(ann) == hear(bo) == said
+        ann_said = {"type": "message", "from": {"id": author.id, "full_name": "Ann"}}
+        assert hear(ann) == hear(bo) == ann_said | {"text": "Hello 李"}
         with Listener(service) as listener:
             comment(author, elsewhere)
             new = comment(other, post)
@@ -3764,11 +3696,8 @@ def test_people_in_a_room_hear_the_post_and_each_other(service: Service) -> None
         assert hear(far)["text"] == "x"
         updated = author.api.patch(f"/posts/{post}", json={}).json()
         event = hear(ann)
-        assert event == {
-            "type": "post.updated",
-            "id": event["id"],
-            "data": without_content(updated),
-        }
+        told = {"type": "post.updated", "data": without_content(updated)}
+        assert event == told | {"id": event["id"]}
         assert event["id"].split("-")[0] == listener.ids[0].split("-")[0]
         assert new["post_id"] == post
         author.api.delete(f"/posts/{post}")
@@ -3956,8 +3885,7 @@ def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Se
     for listener in crowd:
         assert listener.recv(1_000).startswith(b"HTTP/1.1 200 ")
     with in_room(person, post):
-        full = service.client.get("/events")
-        assert (full.status_code, full.json()["error_code"]) == (503, "UNAVAILABLE")
+        assert service.client.get("/events").json()["error_code"] == "UNAVAILABLE"
         with room_of(service, post) as room:
             assert close_code(room) == 1013
 
@@ -4025,13 +3953,8 @@ def test_who_may_not_stay_or_does_not_speak_or_read_has_to_go(
 # --- Demo -----------------------------------------------------------------------------------------
 
 
-DEMO: dict[str, Any] = {
-    "DEMO": "true",
-    "DATABASE_URL": "unset",
-    "SECRET_KEY": "unset",
-    "FIRST_SUPERUSER_EMAIL": "unset",
-    "FIRST_SUPERUSER_PASSWORD": "unset",
-}
+DEMO: dict[str, Any] = {"DEMO": "true", "DATABASE_URL": "unset", "SECRET_KEY": "unset"}
+DEMO |= {"FIRST_SUPERUSER_EMAIL": "unset", "FIRST_SUPERUSER_PASSWORD": "unset"}
 
 
 @pytest.fixture(scope="session")
@@ -4043,11 +3966,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def banner_of(service: Service) -> dict[str, str]:
     """What was printed at the start, by the words in front."""
-    known = re.findall(
-        r"^(Nutshell|docs|health|data|admin|sign in|try) +(.*)$",
-        service.log.read_text(),
-        re.MULTILINE,
-    )
+    names = "^(Nutshell|docs|health|data|admin|sign in|try) +(.*)$"
+    known = re.findall(names, service.log.read_text(), re.MULTILINE)
     lines = dict(known)
     assert len(lines) == len(known)
     return lines
@@ -4072,9 +3992,8 @@ def test_the_demo_has_people_posts_comments_and_a_draft(demo: Service) -> None:
     assert {post["author"]["full_name"] for post in posts} == {"Ann", "Ben", "Cleo"}
     times = [post["created_at"] for post in posts]
     assert times == sorted(times, reverse=True)
-    said = [
-        c for n in range(1, 13) for c in demo.client.get(f"/posts/{n}/comments").json()["items"]
-    ]
+    pages = [demo.client.get(f"/posts/{number}/comments").json() for number in range(1, 13)]
+    said = [one for page in pages for one in page["items"]]
     assert len(said) >= 10
     assert {one["author"]["full_name"] for one in said} == {"Ann", "Ben", "Cleo"}
     bread = [(one["author"]["full_name"], one["text"]) for one in said if one["post_id"] == 2]
@@ -4095,9 +4014,8 @@ def test_the_demo_is_new_at_every_start_and_leaves_nothing_behind(
     assert not first.parent.exists()
     service.log.unlink()
     service.start()
-    assert (
-        sign_in(service, "cleo@example.com", "correct-horse").api.get("/users").json()["total"] == 3
-    )
+    cleo = sign_in(service, "cleo@example.com", "correct-horse")
+    assert cleo.api.get("/users").json()["total"] == 3
     assert Path(banner_of(service)["data"]) != first
     assert [file.name for file in service.folder.iterdir()] == ["log"]
 
@@ -4140,18 +4058,16 @@ def test_a_health_check_is_answered_under_load(service: Service) -> None:
         while not done.is_set():
             person.api.get("/users/me")
 
-    loaders = [threading.Thread(target=load) for _ in range(16)]
-    for loader in loaders:
-        loader.start()
-    try:
-        for _ in range(5):
-            began = time.monotonic()
-            assert service.client.get(f"{service.address}/health").status_code == 200
-            assert time.monotonic() - began < 2
-    finally:
-        done.set()
-        for loader in loaders:
-            loader.join()
+    def check() -> None:
+        try:
+            for _ in range(5):
+                began = time.monotonic()
+                assert service.client.get(f"{service.address}/health").status_code == 200
+                assert time.monotonic() - began < 2
+        finally:
+            done.set()
+
+    all_at_once(check, *[load] * 16)
 
 
 def test_the_docs_work_without_a_network(service: Service) -> None:
@@ -4195,11 +4111,8 @@ REFUSED = {  # besides those that every route may answer
 
 def test_openapi_describes_answers_and_errors(service: Service) -> None:
     page = service.client.get(f"{service.address}/openapi.json").json()
-    assert page["components"]["schemas"]["Problem"]["required"] == [
-        "detail",
-        "error_code",
-        "request_id",
-    ]
+    schemas = page["components"]["schemas"]
+    assert schemas["Problem"]["required"] == ["detail", "error_code", "request_id"]
     routes = [route for methods in page["paths"].values() for route in methods.values()]
     assert len({route["operationId"] for route in routes}) == len(routes) > 20
     for route in routes:
@@ -4213,7 +4126,7 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
             if int(code) >= 400:
                 schema = answer["content"]["application/json"]["schema"]
                 assert schema == {"$ref": "#/components/schemas/Problem"}
-    email = page["components"]["schemas"]["UserCreate"]["properties"]["email"]
+    email = schemas["UserCreate"]["properties"]["email"]
     assert (email["format"], email["maxLength"]) == ("email", 254)
     verify = page["paths"]["/api/v1/auth/verify"]["get"]["responses"]["200"]
     assert "content" not in verify
@@ -4409,13 +4322,12 @@ class Window:
     def visible(self, which: str) -> str:
         """The letters of it that are not transparent."""
         hidden = "getComputedStyle(node.parentElement).color === 'rgba(0, 0, 0, 0)'"
-        walk = (
-            f"document.createTreeWalker(document.getElementById('{which}'), NodeFilter.SHOW_TEXT)"
-        )
+        walk = f"createTreeWalker(document.getElementById('{which}'), NodeFilter.SHOW_TEXT)"
         script = (
-            f"(() => {{ const walk = {walk}; let text = '', node; while (node = walk.nextNode())"
+            f"const walk = document.{walk}; let text = '', node; while (node = walk.nextNode())"
         )
-        return str(self.do(f"{script} text += {hidden} ? '***' : node.data; return text; }})()"))
+        script += f" text += {hidden} ? '***' : node.data"
+        return str(self.do(f"(() => {{ {script}; return text; }})()"))
 
     def heard(self, *methods: str) -> list[dict[str, Any]]:
         self.do("1")  # all that was sent before this
@@ -4825,6 +4737,13 @@ def test_a_preflight_names_what_may_be_sent(service: Service) -> None:
             assert "x-request-id" in refused.headers
 
 
+def test_any_origin_is_allowed_without_credentials(start: Callable[..., Service]) -> None:
+    service = start(CORS_ORIGINS="*")
+    answer = service.client.get("/users/me", headers={"Origin": "http://any.example"})
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-credentials" not in answer.headers
+
+
 def test_behind_a_path_of_a_proxy_all_is_as_without(start: Callable[..., Service]) -> None:
     service = start(command=[*UVICORN, "--root-path", "/app"], AUTH_RATE_LIMIT="1/hour")
     assert service.client.get("/posts").headers["x-cache"] == "miss"
@@ -4834,10 +4753,8 @@ def test_behind_a_path_of_a_proxy_all_is_as_without(start: Callable[..., Service
 
 
 def test_a_body_of_1_mib_is_read(service: Service) -> None:
-    body = b'{"email": 1}'
-    headers = {"content-type": "application/json"}
-    answer = service.client.post("/auth/register", content=body.ljust(2**20), headers=headers)
-    assert answer.status_code == 422
+    body = b'{"email": 1}'.ljust(2**20)
+    assert service.client.post("/auth/register", content=body, headers=JSON).status_code == 422
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="there is no /proc to read memory from")
@@ -4852,11 +4769,9 @@ def test_100_mb_are_refused_without_being_kept(service: Service, announced: bool
             yield b" " * 2**20
 
     before = memory()
-    headers = {"content-type": "application/json"}
-    if announced:
-        headers["content-length"] = str(100 * 2**20)
+    headers = JSON | ({"content-length": str(100 * 2**20)} if announced else {})
     answer = service.client.post("/auth/register", content=chunks(), headers=headers)
-    assert (answer.status_code, answer.json()["error_code"]) == (413, "BODY_TOO_LARGE")
+    assert answer.json()["error_code"] == "BODY_TOO_LARGE"
     assert memory() - before < 20_000
 
 
@@ -4907,19 +4822,15 @@ def test_a_stream_that_never_reads_is_cut_off(start: Callable[..., Service]) -> 
 def test_four_processes_that_start_on_one_empty_database_all_serve(
     tmp_path: Path, database: str, turn: int
 ) -> None:
-    settings: Any = {"SECRET_KEY": "unset", "FIRST_SUPERUSER_PASSWORD": "made only once"}
+    settings: Any = {"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/app.db"}
+    settings |= {"SECRET_KEY": "unset"}  # the first of them makes it
     if database == "postgresql":
-        settings = {"DATABASE_URL": new_postgres_database(), "SECRET_KEY": KEY}
-    settings |= {
-        "DATABASE_URL": settings.get("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/app.db")
-    }
+        settings = {"DATABASE_URL": new_postgres_database()}
     folders = [tmp_path / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir()
     services = at_once(4, lambda number: Service(folders[number], **settings))
-    admin = sign_in(
-        services[0], ADMIN["username"], settings.get("FIRST_SUPERUSER_PASSWORD", ADMIN["password"])
-    )
+    admin = sign_in_admin(services[0])
     for service in services:
         assert service.as_(admin.tokens["access_token"]).get("/users").json()["total"] == 1
         assert service.stop() in (0, -signal.SIGTERM)
@@ -4927,22 +4838,22 @@ def test_four_processes_that_start_on_one_empty_database_all_serve(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
+    ("url", "settings"),
     [
-        {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/app.db"},
-        {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/app.db", "SECRET_KEY": KEY},
-        {"DATABASE_URL": "sqlite+aiosqlite:////dev/null", "SECRET_KEY": KEY},
-        {"DATABASE_URL": "postgresql+asyncpg://u:hunter2@127.0.0.1:1/x", "SECRET_KEY": KEY},
-        {"DATABASE_URL": "sqlite+aiosqlite:////dev/null", "SECRET_KEY": KEY, "WORKERS": "2"},
+        ("sqlite+aiosqlite:////nowhere/app.db", {"SECRET_KEY": "unset"}),
+        ("sqlite+aiosqlite:////nowhere/app.db", {}),
+        ("sqlite+aiosqlite:////dev/null", {}),
+        ("postgresql+asyncpg://u:hunter2@127.0.0.1:1/x", {}),
+        ("sqlite+aiosqlite:////dev/null", {"WORKERS": "2"}),
     ],
     ids=["no folder for the key", "no folder", "no database", "no server", "two workers"],
 )
 def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
-    tmp_path: Path, settings: dict[str, str]
+    tmp_path: Path, url: str, settings: dict[str, str]
 ) -> None:
-    if "postgresql" in settings["DATABASE_URL"]:
+    if "postgresql" in url:
         pytest.importorskip("asyncpg")
-    status, said = run_main(tmp_path, **settings)
+    status, said = run_main(tmp_path, **{"DATABASE_URL": url, "SECRET_KEY": KEY} | settings)
     assert status == 3
     assert "DATABASE_URL: the database or the key" in said.splitlines()[-1]
     assert "Traceback" not in said
@@ -5048,10 +4959,9 @@ def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
     head = b"POST /api/v1/auth/register HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n" % len(body)
     with contextlib.ExitStack() as stack:
-        slow, stuck, _idle = (
-            stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
-            for _ in range(3)
-        )
+        address = ("127.0.0.1", service.port)
+        connections = (stack.enter_context(socket.create_connection(address)) for _ in range(3))
+        slow, stuck, _idle = connections
         slow.sendall(head + body)
         stuck.sendall(head + body[:5])
         for _ in range(20):  # once these are answered, they were read, whichever worker has them
@@ -5099,10 +5009,8 @@ def in_readme(kind: str) -> list[str]:
 
 
 def stored_names(node: ast.AST) -> set[str]:
-    names = {
-        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    }
-    return names | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    names = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    return {n.id for n in names} | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 
 def early_names(node: ast.AST, defined: dict[str, int], local: set[str]) -> Iterator[str]:
@@ -5140,11 +5048,11 @@ def test_readme_tells_on_which_lines_each_section_stands() -> None:
         for number, line in enumerate(lines, 1)
         if (found := re.fullmatch("# --- (.+?) -+", line))
     }
-    ends = [*list(banners.values())[1:], len(lines) + 1]
-    parts = zip(banners, banners.values(), ends, strict=True)
-    table = {
-        part: f"[{first}–{end - 1}](main.py#L{first}-L{end - 1})" for part, first, end in parts
-    }
+    table = {}
+    for part, (first, end) in zip(
+        banners, pairwise([*banners.values(), len(lines) + 1]), strict=True
+    ):
+        table[part] = f"[{first}–{end - 1}](main.py#L{first}-L{end - 1})"
     shown = README.read_text().partition("## Read it")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([A-Z].*?) \| (.*?) \| \w", shown, re.MULTILINE))
     assert rows == {name: lines.rstrip() for name, lines in table.items()}, table
@@ -5325,7 +5233,8 @@ def check_guard(service: Service, front: int) -> None:
         assert client.get(url, headers=lies).status_code == 401
         form = {"username": person.email, "password": PASSWORD}
         login = client.post(url.replace("/anything?x=1", "/api/v1/auth/login"), data=form)
-        assert client.get(url, headers={"Authorization": f"Bearer {login.json()['access_token']}"})
+        new = {"Authorization": f"Bearer {login.json()['access_token']}"}
+        assert client.get(url, headers=new).status_code == 200
         assert client.get(url, headers=lies | {"Authorization": "Bearer bad"}).status_code == 401
         for path in ("/admin/anything", "/admin"):
             only_admins = url.replace("/anything", path)
