@@ -463,8 +463,11 @@ def workers(request: pytest.FixtureRequest) -> dict[str, str]:
     return {"WORKERS": "2", "REDIS_URL": new_redis()} if request.param == "two workers" else {}
 
 
+Start = Callable[..., Service]
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Starts servers with settings of their own; all are stopped in the end."""
     started: list[Service] = []
 
@@ -848,7 +851,7 @@ LINE = re.compile(
 )
 
 
-def test_in_development_people_read_a_line_for_each_request(start: Callable[..., Service]) -> None:
+def test_in_development_people_read_a_line_for_each_request(start: Start) -> None:
     service = start()
     person = sign_up(service)
     answers = [
@@ -872,7 +875,7 @@ def test_in_development_people_read_a_line_for_each_request(start: Callable[...,
     assert not any("\x1b" in line or "page=1" in line for line in lines)
 
 
-def test_in_production_programs_read_a_line_for_each_request(start: Callable[..., Service]) -> None:
+def test_in_production_programs_read_a_line_for_each_request(start: Start) -> None:
     service = start(**PRODUCTION)
     person = sign_up(service)
     answer = person.api.get(f"/users/{person.id}?note=hunter4")
@@ -897,7 +900,7 @@ def test_in_production_programs_read_a_line_for_each_request(start: Callable[...
     assert any(message.startswith("Finished server process") for message in said)
 
 
-def test_rooms_and_streams_have_a_line_when_they_end(start: Callable[..., Service]) -> None:
+def test_rooms_and_streams_have_a_line_when_they_end(start: Start) -> None:
     service = start()
     person = sign_up(service)
     post = publish(person)["id"]
@@ -915,9 +918,7 @@ def test_rooms_and_streams_have_a_line_when_they_end(start: Callable[..., Servic
     assert ("WEBSOCKET", "403") in lines
 
 
-def test_no_line_is_lost_at_a_stop_and_none_is_written_below_the_level(
-    start: Callable[..., Service],
-) -> None:
+def test_no_line_is_lost_at_a_stop_and_none_is_written_below_the_level(start: Start) -> None:
     service = start()
     ids = [service.client.get("/posts").headers["x-request-id"] for _ in range(200)]
     service.stop()
@@ -930,7 +931,7 @@ def test_no_line_is_lost_at_a_stop_and_none_is_written_below_the_level(
 
 
 @pytest.mark.slow
-def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> None:
+def test_a_log_that_nobody_reads_stops_nobody(start: Start) -> None:
     """A pipe holds 64 KiB, about 600 lines."""
     service = start(stderr=subprocess.PIPE)
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
@@ -949,7 +950,7 @@ def test_a_log_that_nobody_reads_stops_nobody(start: Callable[..., Service]) -> 
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_nobody(start: Callable[..., Service], tmp_path: Path) -> None:
+def test_a_full_disk_stops_nobody(start: Start, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
     with Path("/dev/full").open("wb") as full:
@@ -1025,9 +1026,7 @@ def test_a_slash_too_many_is_404_and_not_redirected(service: Service) -> None:
     assert service.client.get("/users/").status_code == 404
 
 
-def test_a_mistake_of_ours_is_a_500_with_its_traceback_in_the_log_alone(
-    start: Callable[..., Service],
-) -> None:
+def test_a_mistake_of_ours_is_a_500_with_its_traceback_in_the_log_alone(start: Start) -> None:
     service = start(CACHE_SECONDS="0")
     person = sign_up(service)
     service.sql("UPDATE user SET created_at = 'not a time'")
@@ -1412,9 +1411,7 @@ def test_of_200_writers_at_once_all_succeed(service: Service) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(100 if FULL else 2))
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_kill_9_loses_nothing_that_was_answered(
-    start: Callable[..., Service], database: str, turn: int
-) -> None:
+def test_kill_9_loses_nothing_that_was_answered(start: Start, database: str, turn: int) -> None:
     began = time.monotonic()
     service = start(database=database)
     first_start = time.monotonic() - began
@@ -1441,7 +1438,7 @@ def test_kill_9_loses_nothing_that_was_answered(
     assert service.as_(person.tokens["access_token"]).get("/users/me").status_code == 200
 
 
-def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., Service]) -> None:
+def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Start) -> None:
     resource = pytest.importorskip("resource")
     if not hasattr(resource, "prlimit"):
         pytest.skip("only Linux can limit the files of another process")
@@ -1460,9 +1457,7 @@ def test_a_commit_that_fails_is_503_and_nothing_is_stored(start: Callable[..., S
 
 
 @pytest.mark.slow
-def test_a_locked_database_is_503_for_writers_and_open_to_readers(
-    start: Callable[..., Service],
-) -> None:
+def test_a_locked_database_is_503_for_writers_and_open_to_readers(start: Start) -> None:
     service = start()
     person = sign_up(service)
     file = service.folder / "app.db"
@@ -1479,7 +1474,7 @@ def test_a_locked_database_is_503_for_writers_and_open_to_readers(
     assert person.api.patch("/users/me", json={"bio": "x"}).status_code == 200
 
 
-def test_a_lock_that_postgresql_does_not_give_is_503(start: Callable[..., Service]) -> None:
+def test_a_lock_that_postgresql_does_not_give_is_503(start: Start) -> None:
     service = start(database="postgresql")
     person = sign_up(service)
 
@@ -1540,7 +1535,7 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_a_postgresql_that_restarts_under_load_costs_503s_and_loses_nothing(
-    start: Callable[..., Service], postgres_server: PostgresServer, mode: str
+    start: Start, postgres_server: PostgresServer, mode: str
 ) -> None:
     service = start(DATABASE_URL=postgres_server.url)
     with Load(service, threads=20) as load:
@@ -1582,9 +1577,7 @@ def test_a_digest_that_begins_with_nul_is_told_from_another(service: Service) ->
 
 
 @pytest.mark.slow
-def test_a_refused_login_takes_the_same_time_whatever_the_reason(
-    start: Callable[..., Service],
-) -> None:
+def test_a_refused_login_takes_the_same_time_whatever_the_reason(start: Start) -> None:
     service = start(BCRYPT_ROUNDS="10")
     known, gone = sign_up(service), sign_up(service)
     sign_in_admin(service).api.patch(f"/users/{gone.id}", json={"is_active": False})
@@ -1608,9 +1601,7 @@ def test_a_refused_login_takes_the_same_time_whatever_the_reason(
 
 
 @pytest.mark.slow
-def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
-    start: Callable[..., Service],
-) -> None:
+def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(start: Start) -> None:
     service = start(BCRYPT_ROUNDS="13")
     person = sign_in_admin(service)
     with ThreadPoolExecutor(5) as pool:
@@ -1626,9 +1617,7 @@ def test_hashing_holds_up_neither_the_event_loop_nor_a_connection(
 
 
 @pytest.mark.slow
-def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
-    start: Callable[..., Service],
-) -> None:
+def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(start: Start) -> None:
     service = start(BCRYPT_ROUNDS="11")
     began = time.monotonic()
 
@@ -1641,16 +1630,14 @@ def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
 
 
 @pytest.mark.slow
-def test_too_many_waiting_passwords_are_turned_away(start: Callable[..., Service]) -> None:
+def test_too_many_waiting_passwords_are_turned_away(start: Start) -> None:
     service = start(BCRYPT_ROUNDS="10")
     answers = at_once(100, lambda n: log_in(service, f"nobody{n}@example.com"))
     assert {answer.status_code for answer in answers} == {401, 503}
 
 
 @pytest.mark.slow
-def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(
-    start: Callable[..., Service],
-) -> None:
+def test_without_any_setting_it_starts_and_keeps_its_key_beside_the_database(start: Start) -> None:
     empty = {"FIRST_SUPERUSER_EMAIL": "", "FIRST_SUPERUSER_PASSWORD": "", "SMTP_URL": ""}
     unset = dict.fromkeys(("SECRET_KEY", "DATABASE_URL", "BCRYPT_ROUNDS"), "unset")
     service = start(command=MAIN, **unset, **empty)
@@ -1708,7 +1695,7 @@ def test_tokens_hold_their_claims_and_nothing_more(service: Service) -> None:
         assert claims["exp"] - claims["iat"] == lifetime
 
 
-def test_the_longest_life_of_a_session_bounds_its_tokens(start: Callable[..., Service]) -> None:
+def test_the_longest_life_of_a_session_bounds_its_tokens(start: Start) -> None:
     service = start(ACCESS_TOKEN_EXPIRE_MINUTES="525600", REFRESH_TOKEN_EXPIRE_DAYS="1")
     person = sign_up(service)
     assert 86_390 <= person.tokens["expires_in"] <= 86_400
@@ -1834,8 +1821,11 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
+StartTwo = Callable[..., tuple[Service, Service]]
+
+
 @pytest.fixture
-def two(start: Callable[..., Service], tmp_path: Path) -> Callable[..., tuple[Service, Service]]:
+def two(start: Start, tmp_path: Path) -> StartTwo:
     """Starts two processes with one database and one Redis."""
 
     def start_two(url: str, **settings: str) -> tuple[Service, Service]:
@@ -1845,7 +1835,7 @@ def two(start: Callable[..., Service], tmp_path: Path) -> Callable[..., tuple[Se
     return start_two
 
 
-def test_processes_share_their_limits(two: Callable[..., tuple[Service, Service]]) -> None:
+def test_processes_share_their_limits(two: StartTwo) -> None:
     both = two(new_redis(), RATE_LIMIT="6/hour", AUTH_RATE_LIMIT="3/hour")
     answers = [both[number % 2].client.get("/posts") for number in range(8)]
     assert [answer.status_code for answer in answers] == [200] * 6 + [429] * 2
@@ -1855,7 +1845,7 @@ def test_processes_share_their_limits(two: Callable[..., tuple[Service, Service]
     assert logins == [401, 401, 401, 429, 429]
 
 
-def test_two_workers_share_limits_and_events(start: Callable[..., Service]) -> None:
+def test_two_workers_share_limits_and_events(start: Start) -> None:
     service = start(WORKERS="2", REDIS_URL=new_redis(), AUTH_RATE_LIMIT="20/hour")
     admin = sign_in_admin(service)
     anew = {"Connection": "close"}  # the next connection may meet the other worker
@@ -1872,9 +1862,7 @@ def test_two_workers_share_limits_and_events(start: Callable[..., Service]) -> N
     assert "Without REDIS_URL" not in service.log.read_text()
 
 
-def test_events_and_talk_reach_the_listeners_of_all_processes(
-    two: Callable[..., tuple[Service, Service]],
-) -> None:
+def test_events_and_talk_reach_the_listeners_of_all_processes(two: StartTwo) -> None:
     here, there = two(new_redis())
     author, other = sign_up(here), sign_up(there)
     post = publish(author)["id"]
@@ -1973,7 +1961,7 @@ asyncio.run(run())
 
 @pytest.mark.slow
 def test_redis_stopped_or_frozen_under_load_costs_no_error_and_little_time(
-    start: Callable[..., Service], redis_server: RedisServer
+    start: Start, redis_server: RedisServer
 ) -> None:
     service = start(REDIS_URL=redis_server.url, RATE_LIMIT="100000/hour")
 
@@ -2004,7 +1992,7 @@ def test_redis_stopped_or_frozen_under_load_costs_no_error_and_little_time(
 
 @pytest.mark.slow
 def test_an_event_that_a_frozen_redis_takes_too_late_is_heard_once(
-    two: Callable[..., tuple[Service, Service]], redis_server: RedisServer
+    two: StartTwo, redis_server: RedisServer
 ) -> None:
     here, there = two(redis_server.url)
     author = sign_up(here)
@@ -2024,7 +2012,7 @@ def test_an_event_that_a_frozen_redis_takes_too_late_is_heard_once(
 
 @pytest.mark.slow
 def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
-    two: Callable[..., tuple[Service, Service]], redis_server: RedisServer
+    two: StartTwo, redis_server: RedisServer
 ) -> None:
     here, there = two(redis_server.url)
     author = sign_up(here)
@@ -2042,7 +2030,7 @@ def test_a_redis_that_comes_later_is_found_and_its_old_events_are_no_news(
 
 @pytest.mark.slow
 def test_a_redis_that_takes_no_writes_counts_as_gone(
-    start: Callable[..., Service], redis_server: RedisServer
+    start: Start, redis_server: RedisServer
 ) -> None:
     service = start(REDIS_URL=redis_server.url, RATE_LIMIT="1000/hour")
     redis_server.call("CONFIG", "SET", "maxmemory", "1")
@@ -2065,7 +2053,7 @@ def test_a_redis_that_takes_no_writes_counts_as_gone(
 
 @pytest.mark.slow
 def test_what_stands_in_the_log_of_redis_and_is_no_event_is_passed_over(
-    start: Callable[..., Service], redis_server: RedisServer
+    start: Start, redis_server: RedisServer
 ) -> None:
     service = start(REDIS_URL=redis_server.url)
     with Listener(service) as listener:
@@ -2122,9 +2110,7 @@ print((size() - before) / 1e6, max(times))
     assert seconds < 2
 
 
-def test_every_answer_tells_where_the_client_stands(
-    start: Callable[..., Service], kept_in: dict[str, str]
-) -> None:
+def test_every_answer_tells_where_the_client_stands(start: Start, kept_in: dict[str, str]) -> None:
     service = start(RATE_LIMIT="4/minute", AUTH_RATE_LIMIT="2/hour", **kept_in)
     origin = {"Origin": "http://localhost:3000"}
     left = []
@@ -2152,7 +2138,7 @@ def test_every_answer_tells_where_the_client_stands(
     assert log_in(service, "a@example.com").headers["retry-after"] == "3600"
 
 
-def test_health_verify_docs_and_preflights_are_not_limited(start: Callable[..., Service]) -> None:
+def test_health_verify_docs_and_preflights_are_not_limited(start: Start) -> None:
     service = start(RATE_LIMIT="1/hour", AUTH_RATE_LIMIT="1/hour")
     service.client.get("/posts")
     asked = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "GET"}
@@ -2172,7 +2158,7 @@ def test_health_verify_docs_and_preflights_are_not_limited(start: Callable[..., 
         assert connection.recv(1_000).startswith(b"HTTP/1.1 429 ")
 
 
-def test_a_window_ends_when_it_said(start: Callable[..., Service], kept_in: dict[str, str]) -> None:
+def test_a_window_ends_when_it_said(start: Start, kept_in: dict[str, str]) -> None:
     service = start(RATE_LIMIT="2/second", **kept_in)
     assert [service.client.get("/posts").status_code for _ in range(3)] == [200, 200, 429]
     began = time.monotonic()
@@ -2180,14 +2166,14 @@ def test_a_window_ends_when_it_said(start: Callable[..., Service], kept_in: dict
     assert time.monotonic() - began < 1.5
 
 
-def test_limits_that_are_off_show_nothing(start: Callable[..., Service]) -> None:
+def test_limits_that_are_off_show_nothing(start: Start) -> None:
     service = start(RATE_LIMIT="off", AUTH_RATE_LIMIT="1/minute")
     assert "ratelimit" not in service.client.get("/posts").headers
     assert register(service).headers["ratelimit"] == '"auth";r=0;t=60'
     assert register(service).status_code == 429
 
 
-def test_a_stranger_cannot_choose_to_be_somebody_else(start: Callable[..., Service]) -> None:
+def test_a_stranger_cannot_choose_to_be_somebody_else(start: Start) -> None:
     service = start(RATE_LIMIT="150/hour", AUTH_RATE_LIMIT="3/hour")
     strangers = [{"X-Forwarded-For": f"10.0.{number}.1"} for number in range(200)]
     answers = [service.client.get("/posts", headers=stranger) for stranger in strangers]
@@ -2199,7 +2185,7 @@ def test_a_stranger_cannot_choose_to_be_somebody_else(start: Callable[..., Servi
 
 
 def test_behind_a_proxy_each_client_has_its_own_limit(
-    start: Callable[..., Service], kept_in: dict[str, str]
+    start: Start, kept_in: dict[str, str]
 ) -> None:
     service = start(RATE_LIMIT="2/hour", FORWARDED_ALLOW_IPS="127.0.0.1", **kept_in)
 
@@ -2215,9 +2201,7 @@ def test_behind_a_proxy_each_client_has_its_own_limit(
     assert "1.2.3.4 user" not in service.log_so_far()
 
 
-def test_logins_are_limited_by_email_too(
-    start: Callable[..., Service], kept_in: dict[str, str]
-) -> None:
+def test_logins_are_limited_by_email_too(start: Start, kept_in: dict[str, str]) -> None:
     service = start(AUTH_RATE_LIMIT="1/hour", FORWARDED_ALLOW_IPS="127.0.0.1", **kept_in)
     addresses = (f"10.1.0.{number}" for number in count(1))
 
@@ -2237,7 +2221,7 @@ def test_logins_are_limited_by_email_too(
     assert log_in_from_anywhere("somebody@example.com").status_code == 401
 
 
-def test_rooms_count_as_requests(start: Callable[..., Service], kept_in: dict[str, str]) -> None:
+def test_rooms_count_as_requests(start: Start, kept_in: dict[str, str]) -> None:
     service = start(RATE_LIMIT="1/hour", **kept_in)
     with room_of(service, 1) as first, room_of(service, 1) as second:
         say(first, type="auth", token="x")  # noqa: S106
@@ -2246,7 +2230,7 @@ def test_rooms_count_as_requests(start: Callable[..., Service], kept_in: dict[st
 
 
 @pytest.mark.slow
-def test_50_logins_at_once_hold_up_no_reader(start: Callable[..., Service]) -> None:
+def test_50_logins_at_once_hold_up_no_reader(start: Start) -> None:
     service = start(BCRYPT_ROUNDS="12", AUTH_RATE_LIMIT="12/minute")
     post = publish(sign_up(service))["id"]
     for path in (f"/posts/{post}", "/posts?size=1"):
@@ -2549,7 +2533,7 @@ def test_the_memory_is_bounded_by_entries_and_by_bytes() -> None:
 
 
 @pytest.mark.slow
-def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]) -> None:
+def test_the_memory_is_emptied_after_cache_seconds(start: Start) -> None:
     service = start(CACHE_SECONDS="1")
     time.sleep(1.1)  # of rest, which must not count
     found = [service.client.get("/posts").headers["x-cache"] for _ in range(2)]
@@ -2565,9 +2549,7 @@ def test_the_memory_is_emptied_after_cache_seconds(start: Callable[..., Service]
 @pytest.mark.parametrize(
     "reason", ["CACHE_SECONDS=0", "WORKERS=2", "REDIS_URL=", "a child process"]
 )
-def test_nothing_is_remembered_where_others_may_write(
-    start: Callable[..., Service], reason: str
-) -> None:
+def test_nothing_is_remembered_where_others_may_write(start: Start, reason: str) -> None:
     """Each of several processes answers what is true now, whichever of them wrote it."""
     name, _, value = reason.partition("=")
     if name == "REDIS_URL":
@@ -2797,7 +2779,7 @@ def test_superusers_choose_whether_a_welcome_is_sent(
     assert not mail_server.mails_to(silent)
 
 
-def test_mail_is_encrypted_where_the_server_offers_it(start: Callable[..., Service]) -> None:
+def test_mail_is_encrypted_where_the_server_offers_it(start: Start) -> None:
     said: list[bytes] = []
 
     def serve(server: socket.socket) -> None:
@@ -2819,9 +2801,7 @@ def test_mail_is_encrypted_where_the_server_offers_it(start: Callable[..., Servi
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
-def test_smtps_is_encrypted_and_sends_the_password(
-    start: Callable[..., Service], tmp_path: Path
-) -> None:
+def test_smtps_is_encrypted_and_sends_the_password(start: Start, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -2842,7 +2822,7 @@ def test_smtps_is_encrypted_and_sends_the_password(
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", ["refused", "silent"])
 def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
-    start: Callable[..., Service], failure: str
+    start: Start, failure: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         port = deaf.getsockname()[1] if failure == "silent" else free_port()
@@ -2857,7 +2837,7 @@ def test_a_failing_mail_is_a_line_in_the_log_and_no_failed_request(
 
 
 @pytest.mark.slow
-def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Callable[..., Service]) -> None:
+def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         service = start(SMTP_URL=f"smtp://127.0.0.1:{deaf.getsockname()[1]}")
         register(service)
@@ -2913,7 +2893,7 @@ def test_who_loses_a_right_is_refused_on_the_very_next_request(service: Service)
     assert log_in(service, deactivated.email).status_code == 200
 
 
-def test_who_is_deactivated_by_another_process_is_refused(start: Callable[..., Service]) -> None:
+def test_who_is_deactivated_by_another_process_is_refused(start: Start) -> None:
     service = start(CACHE_SECONDS="0")
     person = sign_up(service)
     service.sql(f"""UPDATE "user" SET is_active = false WHERE id = {person.id}""")
@@ -3064,9 +3044,7 @@ def test_of_50_registrations_of_one_email_at_once_one_succeeds(service: Service)
     assert {a.json()["error_code"] for a in answers if a.status_code == 409} == {"EMAIL_TAKEN"}
 
 
-def test_closed_registration_leaves_it_to_superusers_to_make_accounts(
-    start: Callable[..., Service],
-) -> None:
+def test_closed_registration_leaves_it_to_superusers_to_make_accounts(start: Start) -> None:
     service = start(REGISTRATION="closed")
     assert register(service).json()["error_code"] == "INSUFFICIENT_PERMISSIONS"
     body = {"email": new_email(), "password": PASSWORD}
@@ -3108,9 +3086,7 @@ def test_a_login_with_an_endless_email_is_refused_at_once(service: Service) -> N
 
 
 @pytest.mark.slow
-def test_a_login_that_waits_while_its_account_changes_is_refused(
-    start: Callable[..., Service],
-) -> None:
+def test_a_login_that_waits_while_its_account_changes_is_refused(start: Start) -> None:
     service = start(BCRYPT_ROUNDS="11")
     closed, changed = sign_up(service), sign_up(service)
     admin = sign_in_admin(service)
@@ -3125,9 +3101,7 @@ def test_a_login_that_waits_while_its_account_changes_is_refused(
         assert {login.result().status_code for login in logins} == {401}
 
 
-def test_expired_sessions_go_at_the_next_login_and_at_the_start(
-    start: Callable[..., Service],
-) -> None:
+def test_expired_sessions_go_at_the_next_login_and_at_the_start(start: Start) -> None:
     service = start()
     one, other = sign_up(service), sign_up(service)
     expire = f"UPDATE session SET expires_at = {service.ago(seconds=1)} WHERE user_id IN"
@@ -3236,7 +3210,7 @@ def test_others_see_what_is_public_and_superusers_the_whole(service: Service) ->
     assert admin.api.get("/users", params=last).json()["items"] == [me]
 
 
-def test_users_are_listed_by_id_in_pages_and_by_is_active(start: Callable[..., Service]) -> None:
+def test_users_are_listed_by_id_in_pages_and_by_is_active(start: Start) -> None:
     service = start()
     people = [sign_up(service) for _ in range(4)]
     admin = sign_in_admin(service)
@@ -3874,7 +3848,7 @@ def test_200_people_in_a_room_hear_100_messages_in_order(service: Service) -> No
 
 
 @pytest.mark.slow
-def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Service]) -> None:
+def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Start) -> None:
     service = start()
     person = sign_up(service)
     post = publish(person)["id"]
@@ -3903,9 +3877,7 @@ def test_beyond_1000_listeners_the_answer_is_503_or_1013(start: Callable[..., Se
 
 
 @pytest.mark.slow
-def test_who_may_not_stay_or_does_not_speak_or_read_has_to_go(
-    start: Callable[..., Service],
-) -> None:
+def test_who_may_not_stay_or_does_not_speak_or_read_has_to_go(start: Start) -> None:
     """All of it takes ten seconds, so all of it is waited for at once."""
     service = start()
     author, admin = sign_up(service), sign_in_admin(service)
@@ -4002,9 +3974,7 @@ def test_the_demo_has_people_posts_comments_and_a_draft(demo: Service) -> None:
     assert [post["id"] for post in drafts] == [13]
 
 
-def test_the_demo_is_new_at_every_start_and_leaves_nothing_behind(
-    start: Callable[..., Service],
-) -> None:
+def test_the_demo_is_new_at_every_start_and_leaves_nothing_behind(start: Start) -> None:
     service = start(**DEMO)
     first = Path(banner_of(service)["data"])
     assert first.exists()
@@ -4031,14 +4001,14 @@ def test_health_and_root_answer_get_and_head(service: Service) -> None:
         assert head.headers["content-length"] == got.headers["content-length"]
 
 
-def test_health_answers_503_when_the_database_does_not(start: Callable[..., Service]) -> None:
+def test_health_answers_503_when_the_database_does_not(start: Start) -> None:
     service = start()
     service.sql("ALTER TABLE user RENAME TO somewhere_else")
     assert service.client.get(f"{service.address}/health").status_code == 503
 
 
 @pytest.mark.slow
-def test_health_waits_a_second_for_a_database_that_hangs(start: Callable[..., Service]) -> None:
+def test_health_waits_a_second_for_a_database_that_hangs(start: Start) -> None:
     fcntl = pytest.importorskip("fcntl")
     service = start()
     with (service.folder / "app.db-shm").open("r+b") as shared:
@@ -4132,7 +4102,7 @@ def test_openapi_describes_answers_and_errors(service: Service) -> None:
     assert "content" not in verify
 
 
-def test_the_bodies_that_the_docs_show_work_as_they_are(start: Callable[..., Service]) -> None:
+def test_the_bodies_that_the_docs_show_work_as_they_are(start: Start) -> None:
     """In the order of a first visit. What shows no example of its own is put together from those of
     its fields, as Swagger UI does it."""
     service = start()
@@ -4206,7 +4176,7 @@ def test_a_browser_gets_a_page_that_may_ask_nobody_else(demo: Service) -> None:
     assert "http" not in first.text
 
 
-def test_in_production_there_are_neither_docs_nor_a_page(start: Callable[..., Service]) -> None:
+def test_in_production_there_are_neither_docs_nor_a_page(start: Start) -> None:
     service = start(**PRODUCTION)
     for path in ("/docs", "/redoc", "/openapi.json", "/docs/swagger-ui-bundle.js"):
         assert service.client.get(service.address + path).status_code == 404
@@ -4367,8 +4337,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     running.close()
 
 
+Windows = Callable[..., Window]
+
+
 @pytest.fixture
-def windows(browser: Browser, demo: Service) -> Iterator[Callable[..., Window]]:
+def windows(browser: Browser, demo: Service) -> Iterator[Windows]:
     """Opens windows on the page. Whatever happens in them, nobody else is asked for anything."""
     opened: list[Window] = []
 
@@ -4384,7 +4357,7 @@ def windows(browser: Browser, demo: Service) -> Iterator[Callable[..., Window]]:
 
 
 @pytest.mark.aside
-def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Window]) -> None:
+def test_what_one_window_writes_another_sees_at_once(windows: Windows) -> None:
     mine, theirs = windows(), windows()
     theirs.see("Events: open", "Welcome by Ann")
     mine.sign_up("Dora")
@@ -4407,7 +4380,7 @@ def test_what_one_window_writes_another_sees_at_once(windows: Callable[..., Wind
 
 
 @pytest.mark.aside
-def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None:
+def test_what_people_write_is_never_html(windows: Windows) -> None:
     """The policy would stop a script, but there is nothing to stop: it stays text."""
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     mine, theirs = windows(), windows()
@@ -4424,7 +4397,7 @@ def test_what_people_write_is_never_html(windows: Callable[..., Window]) -> None
 
 @pytest.mark.aside
 def test_the_policy_of_the_page_stops_what_is_foreign(
-    browser: Browser, demo: Service, start: Callable[..., Service]
+    browser: Browser, demo: Service, start: Start
 ) -> None:
     """Had a script got in, it could make no HTML, load no script, and tell nobody else."""
     other = start()
@@ -4449,7 +4422,7 @@ def test_the_policy_of_the_page_stops_what_is_foreign(
 
 @pytest.mark.aside
 def test_the_page_stays_signed_in_and_renews_an_expired_token_once(
-    windows: Callable[..., Window], demo: Service
+    windows: Windows, demo: Service
 ) -> None:
     window = windows()
     window.sign_up("Dora")
@@ -4473,7 +4446,7 @@ def test_the_page_stays_signed_in_and_renews_an_expired_token_once(
 
 @pytest.mark.aside
 def test_the_page_shows_its_last_call_as_a_command_that_does_the_same(
-    windows: Callable[..., Window], demo: Service
+    windows: Windows, demo: Service
 ) -> None:
     """Secrets are not to be seen, and whole when they are copied."""
     window = windows()
@@ -4502,7 +4475,7 @@ def test_the_page_shows_its_last_call_as_a_command_that_does_the_same(
 
 
 @pytest.mark.aside
-def test_the_page_tells_what_was_refused(windows: Callable[..., Window], demo: Service) -> None:
+def test_the_page_tells_what_was_refused(windows: Windows, demo: Service) -> None:
     window = windows()
     window.see("Events: open")
     window.fill("Email", "ann@example.com")
@@ -4519,9 +4492,7 @@ def test_the_page_tells_what_was_refused(windows: Callable[..., Window], demo: S
 
 
 @pytest.mark.aside
-def test_the_page_comes_back_after_a_restart(
-    browser: Browser, start: Callable[..., Service]
-) -> None:
+def test_the_page_comes_back_after_a_restart(browser: Browser, start: Start) -> None:
     service = start()
     ann = sign_up(service, first_name="Ann")
     window = Window(browser, service.address)
@@ -4535,9 +4506,7 @@ def test_the_page_comes_back_after_a_restart(
 
 
 @pytest.mark.aside
-def test_the_page_goes_on_without_the_stream(
-    browser: Browser, start: Callable[..., Service]
-) -> None:
+def test_the_page_goes_on_without_the_stream(browser: Browser, start: Start) -> None:
     """Refused, EventSource gives up for good: the page itself tries again."""
     service = start(RATE_LIMIT="5/second")
     publish(sign_up(service), title="There anyhow")
@@ -4552,7 +4521,7 @@ def test_the_page_goes_on_without_the_stream(
 
 @pytest.mark.aside
 def test_who_reads_a_post_keeps_it_while_others_come_and_go(
-    windows: Callable[..., Window], demo: Service
+    windows: Windows, demo: Service
 ) -> None:
     ann = sign_in(demo, "ann@example.com", "correct-horse")
     post = publish(ann, title="Read me")
@@ -4582,7 +4551,7 @@ def test_who_reads_a_post_keeps_it_while_others_come_and_go(
 
 @pytest.mark.aside
 def test_the_page_looks_once_a_second_at_many_events_and_sees_the_last(
-    windows: Callable[..., Window], demo: Service
+    windows: Windows, demo: Service
 ) -> None:
     window = windows()
     window.see("Welcome by Ann", "Events: open")
@@ -4597,9 +4566,7 @@ def test_the_page_looks_once_a_second_at_many_events_and_sees_the_last(
 
 
 @pytest.mark.aside
-def test_a_double_click_on_the_page_writes_once(
-    windows: Callable[..., Window], demo: Service
-) -> None:
+def test_a_double_click_on_the_page_writes_once(windows: Windows, demo: Service) -> None:
     window = windows()
     window.sign_up("Dora")
     window.fill("Title", "Only once")
@@ -4611,9 +4578,7 @@ def test_a_double_click_on_the_page_writes_once(
 
 
 @pytest.mark.aside
-def test_the_page_works_by_keyboard_and_names_everything(
-    windows: Callable[..., Window], demo: Service
-) -> None:
+def test_the_page_works_by_keyboard_and_names_everything(windows: Windows, demo: Service) -> None:
     window = windows()
     window.see("Events: open")
     focused = "(document.activeElement.labels?.[0] ?? document.activeElement).innerText.trim()"
@@ -4643,9 +4608,7 @@ def test_the_page_works_by_keyboard_and_names_everything(
 
 @pytest.mark.aside
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_can_be_read_in_light_and_dark(
-    windows: Callable[..., Window], scheme: str
-) -> None:
+def test_the_page_can_be_read_in_light_and_dark(windows: Windows, scheme: str) -> None:
     """The contrast of WCAG 2, level AA, is 4.5; measured on text, links and buttons."""
     window = windows()
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -4674,7 +4637,7 @@ def test_the_page_can_be_read_in_light_and_dark(
 
 
 @pytest.mark.aside
-def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
+def test_the_page_fits_a_phone(windows: Windows) -> None:
     window = windows(width=360, height=700, mobile=True)
     window.sign_up("Dora")
     window.write("W" * 200, "https://example.com/" + "x" * 300)
@@ -4683,9 +4646,7 @@ def test_the_page_fits_a_phone(windows: Callable[..., Window]) -> None:
 
 
 @pytest.mark.aside
-def test_the_docs_work_in_a_browser_without_a_network(
-    windows: Callable[..., Window], demo: Service
-) -> None:
+def test_the_docs_work_in_a_browser_without_a_network(windows: Windows, demo: Service) -> None:
     window = windows("/docs")
     routes = sum(len(methods) for methods in main.app.openapi()["paths"].values())
     blocks = "document.querySelectorAll('.opblock').length"
@@ -4737,14 +4698,14 @@ def test_a_preflight_names_what_may_be_sent(service: Service) -> None:
             assert "x-request-id" in refused.headers
 
 
-def test_any_origin_is_allowed_without_credentials(start: Callable[..., Service]) -> None:
+def test_any_origin_is_allowed_without_credentials(start: Start) -> None:
     service = start(CORS_ORIGINS="*")
     answer = service.client.get("/users/me", headers={"Origin": "http://any.example"})
     assert answer.headers["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in answer.headers
 
 
-def test_behind_a_path_of_a_proxy_all_is_as_without(start: Callable[..., Service]) -> None:
+def test_behind_a_path_of_a_proxy_all_is_as_without(start: Start) -> None:
     service = start(command=[*UVICORN, "--root-path", "/app"], AUTH_RATE_LIMIT="1/hour")
     assert service.client.get("/posts").headers["x-cache"] == "miss"
     assert service.client.get("/posts").headers["x-cache"] == "hit"
@@ -4794,7 +4755,7 @@ def test_a_flood_of_frames_is_cut_off_and_delays_nobody(service: Service, frame:
 
 
 @pytest.mark.skipif(not FULL, reason="it takes half a minute to fill the buffers of a connection")
-def test_a_stream_that_never_reads_is_cut_off(start: Callable[..., Service]) -> None:
+def test_a_stream_that_never_reads_is_cut_off(start: Start) -> None:
     service = start()
     author = sign_up(service)
     post = publish(author)["id"]
@@ -4860,9 +4821,7 @@ def test_a_database_that_cannot_be_used_ends_the_start_with_one_clear_line(
     assert "hunter2" not in said
 
 
-def test_a_database_that_lacks_a_column_is_refused_and_left_alone(
-    start: Callable[..., Service],
-) -> None:
+def test_a_database_that_lacks_a_column_is_refused_and_left_alone(start: Start) -> None:
     service = start()
     service.stop()
     service.sql("ALTER TABLE user DROP COLUMN bio")
@@ -4875,9 +4834,7 @@ def test_a_database_that_lacks_a_column_is_refused_and_left_alone(
     assert service.sql("SELECT sql FROM sqlite_master") == before
 
 
-def test_the_first_superuser_is_made_admin_once_and_then_left_alone(
-    start: Callable[..., Service],
-) -> None:
+def test_the_first_superuser_is_made_admin_once_and_then_left_alone(start: Start) -> None:
     service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
     person = sign_up(service, email=ADMIN["username"])
     service.sql("UPDATE user SET is_active = false")
@@ -4896,7 +4853,7 @@ def test_the_first_superuser_is_made_admin_once_and_then_left_alone(
     assert sign_in_admin(service).id == person.id
 
 
-def test_the_banner_says_where_all_is_and_who_is_admin(start: Callable[..., Service]) -> None:
+def test_the_banner_says_where_all_is_and_who_is_admin(start: Start) -> None:
     everywhere = {"HOST": "0.0.0.0"}  # noqa: S104
     service = start(DATABASE_URL="unset", FIRST_SUPERUSER_EMAIL="Boss@b.co", **everywhere)
     lines = banner_of(service)
@@ -4915,7 +4872,7 @@ def test_the_banner_says_where_all_is_and_who_is_admin(start: Callable[..., Serv
     assert json.loads(ran.stdout)["items"] == []
 
 
-def test_the_banner_tells_how_to_name_an_admin(start: Callable[..., Service]) -> None:
+def test_the_banner_tells_how_to_name_an_admin(start: Start) -> None:
     service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
     told = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
     assert banner_of(service)["admin"] == told
@@ -4935,7 +4892,7 @@ def test_the_banner_writes_an_ipv6_address_as_a_browser_takes_it(tmp_path: Path)
     running.wait(10)
 
 
-def test_the_banner_hides_the_password_of_postgresql(start: Callable[..., Service]) -> None:
+def test_the_banner_hides_the_password_of_postgresql(start: Start) -> None:
     service = start(database="postgresql")
     server = urlsplit(service.settings["DATABASE_URL"])
     assert banner_of(service)["data"] == f"{server.hostname}, database {server.path[1:]}"
@@ -4943,7 +4900,7 @@ def test_the_banner_hides_the_password_of_postgresql(start: Callable[..., Servic
 
 @pytest.mark.aside
 def test_the_banner_is_printed_once_by_several_workers_and_never_in_production(
-    start: Callable[..., Service],
+    start: Start,
 ) -> None:
     assert banner_of(start(WORKERS="2"))["admin"] == ADMIN["username"]
     assert banner_of(start(command=MAIN, **PRODUCTION)) == {}
@@ -4952,7 +4909,7 @@ def test_the_banner_is_printed_once_by_several_workers_and_never_in_production(
 
 @pytest.mark.slow
 def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
-    start: Callable[..., Service], workers: dict[str, str]
+    start: Start, workers: dict[str, str]
 ) -> None:
     service = start(BCRYPT_ROUNDS="13", **workers)
     body = json.dumps({"email": "slow@example.com", "password": PASSWORD}).encode()
@@ -4977,9 +4934,7 @@ def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
 
 
 @pytest.mark.slow
-def test_sigterm_ends_rooms_and_streams_at_once(
-    start: Callable[..., Service], workers: dict[str, str]
-) -> None:
+def test_sigterm_ends_rooms_and_streams_at_once(start: Start, workers: dict[str, str]) -> None:
     service = start(**workers)
     person = sign_up(service)
     post = publish(person)["id"]
@@ -5089,7 +5044,7 @@ def test_uv_runs_a_lone_main_py(tmp_path: Path) -> None:
     assert service.stop() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-def test_the_tour_in_readme_works_as_shown(start: Callable[..., Service]) -> None:
+def test_the_tour_in_readme_works_as_shown(start: Start) -> None:
     service = start(FIRST_SUPERUSER_EMAIL="unset", FIRST_SUPERUSER_PASSWORD="unset")
     blocks = in_readme("console")
     (watched,) = (block for block in blocks if "curl -N" in block)
@@ -5171,7 +5126,7 @@ def test_every_setting_stands_in_readme_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("extras", [[], ["asyncpg", "redis"]], ids=["alone", "with extras"])
-def test_the_compose_files_in_readme_start(start: Callable[..., Service], extras: Any) -> None:
+def test_the_compose_files_in_readme_start(start: Start, extras: Any) -> None:
     """Their settings at least: no engine runs here that would start the containers."""
     (shown,) = (text for text in in_readme("yaml") if ("DATABASE_URL" in text) == bool(extras))
     services = yaml.safe_load(shown)["services"]
@@ -5297,9 +5252,7 @@ def test_an_app_may_check_tokens_by_itself_as_readme_shows(service: Service) -> 
 
 
 @pytest.mark.aside
-def test_a_backup_made_under_load_is_restored_as_readme_shows(
-    start: Callable[..., Service],
-) -> None:
+def test_a_backup_made_under_load_is_restored_as_readme_shows(start: Start) -> None:
     service = start(SECRET_KEY="unset", command=MAIN)
     backup, restore = (text for text in in_readme("sh") if "copy.db" in text)
     run = partial(subprocess.run, check=True, cwd=service.folder)
@@ -5321,9 +5274,7 @@ def test_a_backup_made_under_load_is_restored_as_readme_shows(
 
 @pytest.mark.aside
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_a_column_is_added_as_readme_shows(
-    start: Callable[..., Service], tmp_path: Path, database: str
-) -> None:
+def test_a_column_is_added_as_readme_shows(start: Start, tmp_path: Path, database: str) -> None:
     pytest.importorskip("alembic")
     service = start(database=database)
     person = sign_up(service)
@@ -5357,7 +5308,7 @@ def rate(service: Service, path: str, *options: str, connections: int = 16) -> f
     return float(said.partition("Requests/sec:")[2].split()[0])
 
 
-def test_two_workers_against_one(start: Callable[..., Service]) -> None:
+def test_two_workers_against_one(start: Start) -> None:
     """Prints the table in README, with -s."""
     if not FULL or not shutil.which("wrk"):
         pytest.skip("FULL=1 is not set, or wrk is not installed")
