@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tomllib
@@ -371,10 +372,11 @@ def run_main(folder: Path, **settings: str) -> tuple[int, str]:
 
 
 def run_beside_main(script: str, folder: Path, *arguments: str, **settings: str) -> str:
-    """What a script prints that imports main, with a database of its own."""
+    """What a coroutine prints that knows the names of main and has a database of its own."""
+    head = "import asyncio, main\nfrom main import *\nasync def run():\n"
     env = environment({"SECRET_KEY": KEY} | settings)
     file, printed, errors = (folder / name for name in ("script.py", "printed", "errors"))
-    file.write_text(script)
+    file.write_text(f"{head}{textwrap.indent(script, '    ')}\nasyncio.run(run())\n")
     running = Forked([str(file), *arguments], folder, env, printed, errors)
     assert running.wait(60) == 0, errors.read_text()
     return printed.read_text()
@@ -958,7 +960,6 @@ def test_a_full_disk_stops_nobody(start: Start, tmp_path: Path) -> None:
     service.process.terminate()
     assert service.process.wait(7) in (0, -signal.SIGTERM)
     script = """
-import main, os
 os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 main.log_writer.add("INFO", "lost", {})  # else the thread that writes would end here
 print("alive")
@@ -968,7 +969,6 @@ print("alive")
 
 def test_lines_that_wait_are_bounded(tmp_path: Path) -> None:
     script = """
-import main, threading
 main.log_writer.thread = threading.current_thread()  # which writes nothing
 for number in range(20_000):
     main.log_writer.add("INFO", str(number), {})
@@ -1331,71 +1331,59 @@ def test_alembic_finds_nothing_to_do(service: Service) -> None:
 
 def test_every_connection_is_opened_for_durability(tmp_path: Path) -> None:
     script = """
-import asyncio, main
-from sqlalchemy import text
-async def show():
-    for engine in (main.readers, main.writer):
-        async with engine.connect() as connection:
-            for name in ("busy_timeout", "journal_mode", "synchronous", "foreign_keys"):
-                print((await connection.execute(text(f"PRAGMA {name}"))).scalar(), end=" ")
-        await engine.dispose()
-asyncio.run(show())
+for engine in (main.readers, main.writer):
+    async with engine.connect() as connection:
+        for name in ("busy_timeout", "journal_mode", "synchronous", "foreign_keys"):
+            print((await connection.exec_driver_sql(f"PRAGMA {name}")).scalar(), end=" ")
+    await engine.dispose()
 """
     assert run_beside_main(script, tmp_path) == "5000 wal 2 1 " * 2
 
 
 def test_a_statement_costs_one_trip_to_the_thread_of_its_connection(tmp_path: Path) -> None:
     script = """
-import aiosqlite, asyncio, main
+import aiosqlite
 
-async def run():
-    trips, usual = [], aiosqlite.Connection._execute
+trips, usual = [], aiosqlite.Connection._execute
 
-    def count(*work):
-        trips.append(work)
-        return usual(*work)
+def count(*work):
+    trips.append(work)
+    return usual(*work)
 
-    async with main.readers.connect() as connection:
-        aiosqlite.Connection._execute = count
-        rows = await connection.exec_driver_sql("SELECT 1, 'one' UNION SELECT 2, 'two'")
-        print(len(trips), rows.all())
-        await connection.exec_driver_sql("CREATE TABLE t (a)")
-        many = await connection.exec_driver_sql("INSERT INTO t VALUES (?)", [(1,), (2,)])
-        print(len(trips), many.rowcount)
-
-asyncio.run(run())
+async with main.readers.connect() as connection:
+    aiosqlite.Connection._execute = count
+    rows = await connection.exec_driver_sql("SELECT 1, 'one' UNION SELECT 2, 'two'")
+    print(len(trips), rows.all())
+    await connection.exec_driver_sql("CREATE TABLE t (a)")
+    many = await connection.exec_driver_sql("INSERT INTO t VALUES (?)", [(1,), (2,)])
+    print(len(trips), many.rowcount)
 """
     assert run_beside_main(script, tmp_path) == "1 [(1, 'one'), (2, 'two')]\n3 2\n"
 
 
 def test_who_waits_for_a_connection_is_served_before_who_comes_later(tmp_path: Path) -> None:
     script = """
-import asyncio, main
+served = []
 
-async def run():
-    served = []
+async def read(name):
+    async with main.readers.connect():
+        served.append(name)
 
-    async def read(name):
-        async with main.readers.connect():
-            served.append(name)
-
-    held = [await main.readers.connect() for _ in range(2)]
-    waiting = [asyncio.create_task(read(name)) for name in "abc"]
-    await asyncio.sleep(0.1)
-    await held[0].close()
-    await read("late")
-    await asyncio.gather(*waiting)
-    await held[1].close()
-    print(*served)
-
-asyncio.run(run())
+held = [await main.readers.connect() for _ in range(2)]
+waiting = [asyncio.create_task(read(name)) for name in "abc"]
+await asyncio.sleep(0.1)
+await held[0].close()
+await read("late")
+await asyncio.gather(*waiting)
+await held[1].close()
+print(*served)
 """
     assert run_beside_main(script, tmp_path) == "a b c late\n"
 
 
 def test_the_pool_for_postgresql_has_5_connections_and_10_more(tmp_path: Path) -> None:
     pytest.importorskip("asyncpg")
-    script = "import main; pool = main.readers.pool; print(pool._pre_ping, pool._max_overflow)"
+    script = "pool = main.readers.pool; print(pool._pre_ping, pool._max_overflow)"
     script += "; print(pool.size(), main.readers is main.writer)"
     url = "postgresql+asyncpg://nobody@127.0.0.1:1/nothing"
     assert run_beside_main(script, tmp_path, DATABASE_URL=url) == "True 10\n5 True\n"
@@ -1894,23 +1882,17 @@ def test_events_and_talk_reach_the_listeners_of_all_processes(two: StartTwo) -> 
 
 def test_what_is_asked_at_once_goes_in_few_trips_and_each_gets_its_answer(tmp_path: Path) -> None:
     script = """
-import asyncio, main
-trips = 0
-async def run():
-    global trips
-    await main.redis.meet()
-    send = main.redis.asking.send_packed_command
-    async def counted(packed):
-        global trips
-        trips += 1
-        await send(packed)
-    main.redis.asking.send_packed_command = counted
-    first = asyncio.create_task(main.redis.ask("ECHO", "first"))
-    await asyncio.sleep(0.01)
-    texts = [str(number) for number in range(500)]
-    answers = await asyncio.gather(*(main.redis.ask("ECHO", text) for text in texts))
-    print(await first, answers == texts, trips)
-asyncio.run(run())
+await main.redis.meet()
+trips, send = [], main.redis.asking.send_packed_command
+async def counted(packed):
+    trips.append(packed)
+    await send(packed)
+main.redis.asking.send_packed_command = counted
+first = asyncio.create_task(main.redis.ask("ECHO", "first"))
+await asyncio.sleep(0.01)
+texts = [str(number) for number in range(500)]
+answers = await asyncio.gather(*(main.redis.ask("ECHO", text) for text in texts))
+print(await first, answers == texts, len(trips))
 """
     found = run_beside_main(script, tmp_path, REDIS_URL=new_redis())
     assert found == "first True 2\n"
@@ -1918,14 +1900,11 @@ asyncio.run(run())
 
 def test_a_trip_with_an_error_leaves_no_answer_for_the_next(tmp_path: Path) -> None:
     script = """
-import asyncio, main
-async def run():
-    await main.redis.meet()
-    wrong = ("ECHO", "x"), ("LPUSH", "a list", "1"), ("INCR", "a list"), ("ECHO", "z")
-    print(await asyncio.gather(*(main.redis.ask(*command) for command in wrong)), main.redis.up)
-    await main.redis.meet()
-    print(await main.redis.ask("ECHO", "y"))
-asyncio.run(run())
+await main.redis.meet()
+wrong = ("ECHO", "x"), ("LPUSH", "a list", "1"), ("INCR", "a list"), ("ECHO", "z")
+print(await asyncio.gather(*(main.redis.ask(*command) for command in wrong)), main.redis.up)
+await main.redis.meet()
+print(await main.redis.ask("ECHO", "y"))
 """
     found = run_beside_main(script, tmp_path, REDIS_URL=new_redis())
     assert found == "[None, None, None, None] False\ny\n"
@@ -1935,22 +1914,20 @@ asyncio.run(run())
 def test_no_request_waits_longer_than_one_trip(tmp_path: Path, redis_server: RedisServer) -> None:
     """Also those who come while others wait; and what comes too late is nobody's answer."""
     script = """
-import asyncio, main, os, signal, statistics, sys, time
+import os, signal, statistics, sys, time
 async def ask(delay):
     await asyncio.sleep(delay)
     began = time.monotonic()
     answer = await main.redis.ask("ECHO", f"asked after {delay}")
     return time.monotonic() - began, answer
-async def run():
-    pid = int(sys.argv[1])
-    await main.redis.meet()
-    os.kill(pid, signal.SIGSTOP)
-    found = await asyncio.gather(*(ask(number / 100) for number in range(16)))
-    os.kill(pid, signal.SIGCONT)
-    print(statistics.median(seconds for seconds, _ in found), {answer for _, answer in found})
-    await main.redis.meet()
-    print((await ask(0))[1])
-asyncio.run(run())
+pid = int(sys.argv[1])
+await main.redis.meet()
+os.kill(pid, signal.SIGSTOP)
+found = await asyncio.gather(*(ask(number / 100) for number in range(16)))
+os.kill(pid, signal.SIGCONT)
+print(statistics.median(seconds for seconds, _ in found), {answer for _, answer in found})
+await main.redis.meet()
+print((await ask(0))[1])
 """
     pid = str(redis_server.process.pid)
     waited, answer = run_beside_main(script, tmp_path, pid, REDIS_URL=redis_server.url).splitlines()
@@ -2092,7 +2069,7 @@ def test_the_limiter_counts_as_a_slow_model_does(seed: int) -> None:
 def test_a_million_clients_cost_at_most_20_mb(tmp_path: Path) -> None:
     """Hit by hit as fast as for one of them."""
     script = f"""
-import main, os, time
+import time
 def size(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 limiter, before = main.Limiter("default", "600/hour"), size()
 times = []
@@ -2385,92 +2362,86 @@ def test_nobody_is_answered_what_was_true_before(service: Service) -> None:
 
 
 RACE = """
-import asyncio, main
-from main import *
+async with main.lifespan(main.app):
+    async with AsyncSession(writer) as db:
+        db.add(User(id=1, email="a@example.com", hashed_password=""))
+        db.add(Post(id=1, title="old", content="c", author_id=1, is_published=True))
+        await db.commit()
+    begun, go_on, asked = asyncio.Event(), asyncio.Event(), []
 
-async def run():
-    async with main.lifespan(main.app):
-        async with AsyncSession(writer) as db:
-            db.add(User(id=1, email="a@example.com", hashed_password=""))
-            db.add(Post(id=1, title="old", content="c", author_id=1, is_published=True))
-            await db.commit()
-        begun, go_on, asked = asyncio.Event(), asyncio.Event(), []
+    async def slow(scope, receive, send):
+        async with reading() as db:
+            title = (await find_post(db, 1, None)).title
+        asked.append(title)
+        begun.set()
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": title.encode()})
 
-        async def slow(scope, receive, send):
-            async with reading() as db:
-                title = (await find_post(db, 1, None)).title
-            asked.append(title)
-            begun.set()
-            await go_on.wait()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": title.encode()})
+    door, answered = Answers(slow), []
 
-        door, answered = Answers(slow), []
+    async def get():
+        scope = {"type": "http", "method": "GET", "path": "/api/v1/posts/1"}
+        state = {"asked": {}, "told": {}, "path": scope["path"]}
+        scope |= {"query_string": b"", "state": state}
+        async def send(message):
+            answered.append(message.get("body"))
+        await door(scope, None, send)
+        return answered[-1], scope["state"]["told"][b"x-cache"]
 
-        async def get():
-            scope = {"type": "http", "method": "GET", "path": "/api/v1/posts/1"}
-            state = {"asked": {}, "told": {}, "path": scope["path"]}
-            scope |= {"query_string": b"", "state": state}
-            async def send(message):
-                answered.append(message.get("body"))
-            await door(scope, None, send)
-            return answered[-1], scope["state"]["told"][b"x-cache"]
+    async def begin():
+        begun.clear(); go_on.clear()
+        task = asyncio.create_task(get())
+        await begun.wait()
+        return task
 
-        async def begin():
-            begun.clear(); go_on.clear()
-            task = asyncio.create_task(get())
-            await begun.wait()
-            return task
+    async def finish(task):
+        go_on.set()
+        return await task
 
-        async def finish(task):
-            go_on.set()
-            return await task
+    # Begun before a commit, answered after it: never kept.
+    task = await begin()
+    async with AsyncSession(writer) as db:
+        (await db.get(Post, 1)).title = "new"
+        await db.commit()
+    assert await finish(task) == (b"old", b"miss")
+    assert await get() == (b"new", b"miss")
+    assert await get() == (b"new", b"hit")
 
-        # Begun before a commit, answered after it: never kept.
-        task = await begin()
-        async with AsyncSession(writer) as db:
-            (await db.get(Post, 1)).title = "new"
-            await db.commit()
-        assert await finish(task) == (b"old", b"miss")
-        assert await get() == (b"new", b"miss")
+    # While a write is under way: neither what was kept, nor what is read now, is used again.
+    async with AsyncSession(writer) as db:
+        (await db.get(Post, 1)).title = "newer"
         assert await get() == (b"new", b"hit")
+        await db.flush()
+        assert await get() == (b"new", b"miss")
+        task = await begin()
+        assert (await finish(task)) == (b"new", b"miss")
+        task = await begin()
+        await db.commit()
+    assert await finish(task) == (b"new", b"miss")
+    assert await get() == (b"newer", b"miss")
+    assert await get() == (b"newer", b"hit")
 
-        # While a write is under way: neither what was kept, nor what is read now, is used again.
-        async with AsyncSession(writer) as db:
-            (await db.get(Post, 1)).title = "newer"
-            assert await get() == (b"new", b"hit")
-            await db.flush()
-            assert await get() == (b"new", b"miss")
-            task = await begin()
-            assert (await finish(task)) == (b"new", b"miss")
-            task = await begin()
-            await db.commit()
-        assert await finish(task) == (b"new", b"miss")
-        assert await get() == (b"newer", b"miss")
-        assert await get() == (b"newer", b"hit")
+    # A write that was undone changes nothing, and the memory is of use again.
+    async with AsyncSession(writer) as db:
+        (await db.get(Post, 1)).title = "never"
+        await db.flush()
+    assert await get() == (b"newer", b"miss")
+    assert await get() == (b"newer", b"hit")
 
-        # A write that was undone changes nothing, and the memory is of use again.
-        async with AsyncSession(writer) as db:
-            (await db.get(Post, 1)).title = "never"
-            await db.flush()
-        assert await get() == (b"newer", b"miss")
-        assert await get() == (b"newer", b"hit")
-
-        # A write by hand counts as well, in whatever words; a session's does not.
-        from sqlalchemy import text
-        for words, found in [
-            ("UPDATE session SET user_id = 1", b"hit"),
-            ("UPDATE post SET title = 'other'", b"miss"),
-            ("REPLACE INTO post SELECT * FROM post", b"miss"),
-            ("WITH x AS (SELECT 1) DELETE FROM post WHERE id = 9", b"miss"),
-        ]:
-            await get()
-            async with writer.begin() as connection:
-                await connection.execute(text(words))
-            assert (await get())[1] == found, words
-    print("held")
-
-asyncio.run(run())
+    # A write by hand counts as well, in whatever words; a session's does not.
+    from sqlalchemy import text
+    for words, found in [
+        ("UPDATE session SET user_id = 1", b"hit"),
+        ("UPDATE post SET title = 'other'", b"miss"),
+        ("REPLACE INTO post SELECT * FROM post", b"miss"),
+        ("WITH x AS (SELECT 1) DELETE FROM post WHERE id = 9", b"miss"),
+    ]:
+        await get()
+        async with writer.begin() as connection:
+            await connection.execute(text(words))
+        assert (await get())[1] == found, words
+print("held")
 """
 
 
@@ -2479,39 +2450,33 @@ def test_no_answer_begun_before_a_commit_is_kept_after_it(tmp_path: Path) -> Non
 
 
 IDENTITY_RACE = """
-import asyncio, main
-from main import *
+async with main.lifespan(main.app):
+    async with AsyncSession(writer, expire_on_commit=False) as db:
+        db.add(User(id=1, email="a@example.com", hashed_password=""))
+        session = LoginSession(user_id=1)
+        db.add(session)
+        await db.commit()
+    token = issue(session, Response()).access_token
+    begun, go_on, usual = asyncio.Event(), asyncio.Event(), main.live_session
 
-async def run():
-    async with main.lifespan(main.app):
-        async with AsyncSession(writer, expire_on_commit=False) as db:
-            db.add(User(id=1, email="a@example.com", hashed_password=""))
-            session = LoginSession(user_id=1)
-            db.add(session)
-            await db.commit()
-        token = issue(session, Response()).access_token
-        begun, go_on, usual = asyncio.Event(), asyncio.Event(), main.live_session
+    async def slow(db, claims):
+        found = await usual(db, claims)
+        begun.set()
+        await go_on.wait()
+        return found
 
-        async def slow(db, claims):
-            found = await usual(db, claims)
-            begun.set()
-            await go_on.wait()
-            return found
-
-        main.live_session = slow
-        task = asyncio.create_task(session_of(token))
-        await begun.wait()
-        async with AsyncSession(writer) as db:
-            await db.exec(delete(LoginSession))
-            await db.commit()
-        go_on.set()
-        await task
-        try:
-            await session_of(token)
-        except Refusal as refused:
-            print(refused.code)
-
-asyncio.run(run())
+    main.live_session = slow
+    task = asyncio.create_task(session_of(token))
+    await begun.wait()
+    async with AsyncSession(writer) as db:
+        await db.exec(delete(LoginSession))
+        await db.commit()
+    go_on.set()
+    await task
+    try:
+        await session_of(token)
+    except Refusal as refused:
+        print(refused.code)
 """
 
 
