@@ -192,24 +192,17 @@ class Forked:
         self.process = self.context.Process(target=exec, args=(IN_THE_FORK, names))
         self.process.start()
         processes.append(self)
-        self.pid = self.process.pid or 0
-        self.kill = self.process.kill
+        self.pid = self.process.pid
+        self.kill, self.terminate = self.process.kill, self.process.terminate
 
-    def poll(self) -> int | None:
-        code: int | None = self.process.exitcode
-        return code
+    def poll(self) -> Any:
+        return self.process.exitcode
 
     def wait(self, seconds: float | None = None) -> int:
         self.process.join(seconds)
-        if (code := self.poll()) is None:
+        if self.poll() is None:
             raise subprocess.TimeoutExpired("the script", seconds or 0)
-        return code
-
-    def send_signal(self, how: signal.Signals) -> None:
-        os.kill(self.pid, how)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+        return int(self.poll())
 
 
 if sys.platform == "linux":
@@ -278,9 +271,9 @@ class Service:
             time.sleep(0.02)
         raise AssertionError(f"did not start:\n{self.log.read_text()}")
 
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+    def stop(self) -> int:
         self.client.close()
-        self.process.send_signal(how)
+        self.process.terminate()
         code: int = self.process.wait(15)
         return code
 
@@ -4876,7 +4869,7 @@ def test_sigterm_lets_a_slow_request_finish_and_ends_a_stuck_one(
         for _ in range(20):  # once these are answered, they were read, whichever worker has them
             service.client.get(f"{service.address}/health", headers={"Connection": "close"})
         began = time.monotonic()
-        service.process.send_signal(signal.SIGTERM)
+        service.process.terminate()
         assert slow.recv(1000).startswith(b"HTTP/1.1 201 ")
         assert stuck.recv(1000).startswith(b"HTTP/1.1 503 ")
         assert service.process.wait(10) in (0, -signal.SIGTERM)
