@@ -3995,33 +3995,21 @@ def test_the_docs_work_without_a_network(service: Service) -> None:
         assert service.client.get(service.address + link).status_code == 200
 
 
-REFUSED = {  # besides those that every route may answer
-    "register": [403, 409, 422, 429],
-    "login": [401, 422, 429],
-    "refresh": [401, 422, 429],
-    "logout": [401, 422, 429],
-    "verify": [401, 403, 422],
-    "list_users": [401, 422, 429],
-    "create_user": [401, 403, 409, 422, 429],
-    "get_me": [401, 422, 429],
-    "get_user": [401, 404, 422, 429],
-    "update_user": [401, 403, 404, 409, 422, 429],
-    "delete_user": [401, 403, 404, 409, 422, 429],
-    "list_own_posts": [401, 422, 429],
-    "list_posts": [401, 422, 429],
-    "create_post": [401, 409, 422, 429],
-    "get_post": [401, 404, 422, 429],
-    "update_post": [401, 403, 404, 409, 422, 429],
-    "put_post": [401, 403, 404, 409, 422, 429],
-    "delete_post": [401, 403, 404, 422, 429],
-    "publish_post": [401, 403, 404, 422, 429],
-    "list_comments": [401, 404, 422, 429],
-    "add_comment": [401, 404, 409, 422, 429],
-    "delete_comment": [401, 403, 404, 422, 429],
-    "stream_events": [401, 422, 429],
-    "health": [],
-    "root": [429],
-}
+REFUSALS = [  # besides those that every route may answer
+    ([401, 422, 429], "login refresh logout list_users get_me list_own_posts list_posts"),
+    ([401, 422, 429], "stream_events"),
+    ([401, 404, 422, 429], "get_user get_post list_comments"),
+    ([401, 403, 404, 422, 429], "delete_post publish_post delete_comment"),
+    ([401, 403, 404, 409, 422, 429], "update_user delete_user update_post put_post"),
+    ([401, 403, 409, 422, 429], "create_user"),
+    ([401, 404, 409, 422, 429], "add_comment"),
+    ([401, 409, 422, 429], "create_post"),
+    ([403, 409, 422, 429], "register"),
+    ([401, 403, 422], "verify"),
+    ([429], "root"),
+    ([], "health"),
+]
+REFUSED = {route: codes for codes, routes in REFUSALS for route in routes.split()}
 
 
 def test_openapi_describes_answers_and_errors(service: Service) -> None:
