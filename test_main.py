@@ -1401,8 +1401,10 @@ def test_kill_9_loses_nothing_that_was_answered(start: Start, database: str, tur
 
     def write_or_kill(number: int) -> None:
         if number == 0:
-            eventually(lambda: len(acknowledged) > 20 + turn % 17)
-            service.process.kill()
+            try:
+                eventually(lambda: len(acknowledged) > 20 + turn % 17)
+            finally:
+                service.process.kill()
         with contextlib.suppress(httpx.TransportError):
             while number:
                 acknowledged.append(register(service).json()["email"])
