@@ -2805,7 +2805,7 @@ def test_sigterm_does_not_wait_for_a_mail_server_that_hangs(start: Start) -> Non
 
 
 @pytest.mark.parametrize(
-    "header", ["", "Bearer", "Bearer bad", "Basic YTpi", "Token x", "Bearer \udcff"]
+    "header", ["", "Bearer", "Bearer bad", "Basic YTpi", "Token x", "Bearer \udcff"], ids=repr
 )
 def test_anything_but_a_good_bearer_token_is_401(service: Service, header: str) -> None:
     sent = {b"Authorization": header.encode("utf-8", "surrogateescape")}
