@@ -3919,7 +3919,7 @@ async def run():
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": title.encode()})
 
-        door, answered = Answers(slow), []
+        door, answered = AnswerCache(slow), []
 
         async def get():
             scope = {"type": "http", "method": "GET", "path": "/api/v1/posts/1"}
