@@ -224,20 +224,25 @@ class Settings(BaseSettings):
         return url.database if url.drivername == "sqlite+aiosqlite" else None
 
 
+def what_is_wrong(problem: Any) -> str:
+    rule = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:  # it is about several of them, and names them
+        return rule
+    name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
+    if name.endswith(("_KEY", "_PASSWORD")):
+        return f"{name}: {rule}"
+    if name.endswith("_URL"):  # it may hold a password: no more than its scheme is shown
+        value = value.partition("://")[0] + "://…'" if "://" in value else "…"
+    return f"{name}={value}: {rule}"
+
+
 def read_settings() -> Settings:
     try:
         return Settings()
     except UnicodeDecodeError:
         line = ".env: must be UTF-8"
     except ValidationError as error:
-        problem = error.errors()[0]
-        line = problem["msg"].removeprefix("Value error, ")
-        if problem["loc"]:
-            name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
-            if name.endswith("_URL"):  # it may hold a password: no more than its scheme is shown
-                value = value.partition("://")[0] + "://…'" if "://" in value else "…"
-            secret = name.endswith(("_KEY", "_PASSWORD"))
-            line = f"{name}: {line}" if secret else f"{name}={value}: {line}"
+        line = what_is_wrong(error.errors()[0])
     print(line, file=sys.stderr)
     raise SystemExit(3)  # to uvicorn 3 means: do not start this worker again
 
@@ -282,13 +287,17 @@ class LogWriter(logging.Handler):
         elif not self.some.is_set():
             self.some.set()
 
+    def next_piece(self) -> str:
+        """Up to 4 KiB, which stay whole in a pipe that several processes share."""
+        piece = self.lines.popleft()
+        while self.lines and len(piece) + len(self.lines[0]) < 4_096:
+            piece += self.lines.popleft()
+        return piece
+
     def write(self) -> None:
-        """In pieces of 4 KiB, which stay whole in a pipe that several processes share."""
-        with suppress(IndexError, OSError):  # until there are no more, or the disk is full
-            while piece := self.lines.popleft():
-                while self.lines and len(piece) + len(self.lines[0]) < 4_096:
-                    piece += self.lines.popleft()
-                os.write(sys.stderr.fileno(), piece.encode())
+        while self.lines:
+            with suppress(IndexError, OSError):  # another thread was faster, or the disk is full
+                os.write(sys.stderr.fileno(), self.next_piece().encode())
 
     def run(self) -> None:
         while self.thread:
@@ -389,7 +398,7 @@ class Problem(BaseModel):
 
 
 def errors(*statuses: int) -> Any:
-    """For /docs: the refusals of a route. What all routes of a group refuse is said at the end."""
+    """For /docs: the refusals of a route, of all routes of a router, or of the whole app."""
     return {code: {"model": Problem, "description": HTTPStatus(code).phrase} for code in statuses}
 
 
@@ -645,7 +654,7 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-def moment(text: str, at: time = time.min) -> datetime:
+def read_moment(text: str, at: time = time.min) -> datetime:
     """A time, or a date at its first moment or another; UTC where no zone is given."""
     with suppress(ValueError):
         return datetime.combine(date.fromisoformat(text), at, UTC)
@@ -655,10 +664,13 @@ def moment(text: str, at: time = time.min) -> datetime:
     raise ValueError("is before or after all time")
 
 
+last_moment = partial(read_moment, at=time.max)
+
+
 class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
-    min_date: Annotated[datetime | None, BeforeValidator(moment, str)] = None
-    max_date: Annotated[datetime | None, BeforeValidator(partial(moment, at=time.max), str)] = None
+    min_date: Annotated[datetime | None, BeforeValidator(read_moment, str)] = None
+    max_date: Annotated[datetime | None, BeforeValidator(last_moment, str)] = None
     sort: Sort | None = None
     before: Id | None = None
 
@@ -795,7 +807,7 @@ TOKEN = re.compile(r"[\w-]{1,1000}\.[\w-]{1,3000}\.[\w-]{43}", re.ASCII)
 cores = CapacityLimiter(max(1, (os.cpu_count() or 1) // settings.workers))
 
 
-async def in_thread(work: Callable[[bytes, bytes], Item], password: str, salt: bytes) -> Item:
+async def run_bcrypt(work: Callable[[bytes, bytes], Item], password: str, salt: bytes) -> Item:
     """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
     if cores.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
         raise Refusal("UNAVAILABLE", "Too many passwords are waiting")
@@ -805,33 +817,35 @@ async def in_thread(work: Callable[[bytes, bytes], Item], password: str, salt: b
 
 async def hash_password(password: str) -> str:
     salt = bcrypt.gensalt(settings.bcrypt_rounds)
-    return (await in_thread(bcrypt.hashpw, password, salt)).decode()
+    return (await run_bcrypt(bcrypt.hashpw, password, salt)).decode()
 
 
 async def password_fits(password: str, user: User | None) -> bool:
     """For nobody it takes as long as for somebody: the time must not tell who has an account."""
     hashed = user.hashed_password if user else DECOY
-    return await in_thread(bcrypt.checkpw, password, hashed.encode())
+    return await run_bcrypt(bcrypt.checkpw, password, hashed.encode())
+
+
+def kept_secret() -> bytes:
+    """The key beside the database: linked into place, so that of several processes one wins."""
+    kept = Path(f"{settings.sqlite_file}.key")
+    if not kept.exists():
+        aside = Path(f"{kept}.{secrets.token_hex(8)}")
+        aside.touch(mode=0o600)
+        aside.write_text(secrets.token_urlsafe(48))
+        with suppress(FileExistsError):
+            kept.hardlink_to(aside)
+        aside.unlink()
+    secret = kept.read_bytes().strip()
+    if len(secret) < 32:
+        raise ValueError(f"the key in {kept} is shorter than 32 bytes")
+    return secret
 
 
 @cache
 def signing_key() -> Any:
-    """SECRET_KEY, or the key beside the database: linked into place, so that the first one wins."""
-    secret = settings.secret_key
-    if secret is None:
-        kept = Path(f"{settings.sqlite_file}.key")
-        if not kept.exists():
-            aside = Path(f"{kept}.{secrets.token_hex(8)}")
-            aside.touch(mode=0o600)
-            aside.write_text(secrets.token_urlsafe(48))
-            with suppress(FileExistsError):
-                kept.hardlink_to(aside)
-            aside.unlink()
-        secret = kept.read_bytes().strip()
-        if len(secret) < 32:
-            raise ValueError(f"the key in {kept} is shorter than 32 bytes")
     # As plain text jose would refuse a secret that looks like a public key.
-    encoded = base64.urlsafe_b64encode(secret)
+    encoded = base64.urlsafe_b64encode(settings.secret_key or kept_secret())
     return jwk.construct({"kty": "oct", "k": encoded.decode()}, "HS256")
 
 
@@ -943,16 +957,19 @@ class Redis:
                 self.readers[name]([entry["text"] for _, entry in old])
         self.note(True, "answers")
 
+    async def listen(self) -> None:
+        """Waits a second for what is written to the logs, by whom ever, and hands it on."""
+        if not self.up:
+            await self.meet()
+        await self.ask("PING")  # so that nobody on the way thinks this connection idle
+        for name, new in await self.hearing.xread(self.places, count=100, block=1_000):
+            self.places[name] = new[-1][0]
+            self.readers[name]([entry["text"] for _, entry in new])
+
     async def follow(self) -> None:
-        """For as long as we serve: hands on what is written to the logs, by whom ever."""
         while True:
             async with self.within(3):
-                if not self.up:
-                    await self.meet()
-                await self.ask("PING")  # so that nobody on the way thinks this connection idle
-                for name, new in await self.hearing.xread(self.places, count=100, block=1_000):
-                    self.places[name] = new[-1][0]
-                    self.readers[name]([entry["text"] for _, entry in new])
+                await self.listen()
             if not self.up:
                 await asyncio.sleep(0.5)
 
@@ -1107,7 +1124,7 @@ answers = Memory("user", "post", "comment")
 identities = Memory("user", "session")
 
 
-class Answers:
+class AnswerCache:
     """Stands before FastAPI: what anybody may read is answered from memory, ready as it is."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -1339,7 +1356,7 @@ async def maybe_user(request: Request, token: SentToken) -> User | None:
 
 
 MaybeUser = Annotated[User | None, Depends(maybe_user)]
-ForAnyone: Any = {"security": [{}]}  # to /docs: the token may be left out
+FOR_ANYONE: Any = {"security": [{}]}  # to /docs: the token may be left out
 
 
 def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
@@ -1353,8 +1370,7 @@ def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
     return guard
 
 
-ForSuperusers = Depends(require_role("admin"))
-Superuser = Annotated[User, ForSuperusers]
+Superuser = Annotated[User, Depends(require_role("admin"))]
 LoginForm = Annotated[Credentials, Form()]
 AskedPage = Annotated[PageQuery, Query()]
 AskedUsers = Annotated[UserQuery, Query()]
@@ -1421,7 +1437,7 @@ OwnPost = Annotated[Post, Depends(own_post)]
 # The database decides who wins a refresh: the request that still finds its token's jti in the row
 # replaces it. Who comes with the one just replaced, within 10 s, is given the same new token.
 
-auth = APIRouter(tags=["auth"])
+auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422))
 
 
 async def add_user(db: AsyncSession, body: UserCreate, send_welcome: bool = True) -> User:
@@ -1504,7 +1520,7 @@ async def verify(me: CurrentUser, role: Role | None = None) -> Response:
 
 # --- Routes: users --------------------------------------------------------------------------------
 
-users = APIRouter(tags=["users"])
+users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
 
 
 async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
@@ -1541,14 +1557,10 @@ async def list_users(asked: AskedUsers, me: CurrentUser, db: ReadDB) -> Page[Any
     return await page_of(db, rows, asked, Page[UserRead] if me.is_superuser else Page[UserPublic])
 
 
-@users.post(
-    "",
-    status_code=201,
-    response_model=UserRead,
-    responses=errors(403, 409),
-    dependencies=[ForSuperusers],
-)
-async def create_user(body: UserCreateByAdmin, db: WriteDB, send_welcome: bool = False) -> User:
+@users.post("", status_code=201, response_model=UserRead, responses=errors(403, 409))
+async def create_user(
+    body: UserCreateByAdmin, me: Superuser, db: WriteDB, send_welcome: bool = False
+) -> User:
     """Make an account for somebody."""
     return await add_user(db, body, send_welcome)
 
@@ -1619,7 +1631,7 @@ async def list_own_posts(asked: AskedPage, me: CurrentUser, db: ReadDB) -> Page[
 
 # --- Routes: posts --------------------------------------------------------------------------------
 
-posts = APIRouter(tags=["posts"])
+posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
 
 
 async def tell_of_publication(post: Post) -> None:
@@ -1634,7 +1646,7 @@ DRAFTS = select(func.count()).where(not_(col(Post.is_published))).scalar_subquer
 PUBLISHED = select(ALL_POSTS - DRAFTS)  # of a million 20 times faster than to count them
 
 
-@posts.get("", openapi_extra=ForAnyone)
+@posts.get("", openapi_extra=FOR_ANYONE)
 async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostRead]:
     """Published posts, newest first. `before` reads on from a post, fast however many there are."""
     rows = select(Post).where(Post.is_published)
@@ -1669,7 +1681,7 @@ async def create_post(body: PostCreate, me: CurrentUser, db: WriteDB, response: 
     return post
 
 
-@posts.get("/{post_id}", response_model=PostRead, responses=errors(404), openapi_extra=ForAnyone)
+@posts.get("/{post_id}", response_model=PostRead, responses=errors(404), openapi_extra=FOR_ANYONE)
 async def get_post(post: VisiblePost) -> Post:
     """One post; a draft is there for its author and superusers alone."""
     return post
@@ -1710,10 +1722,10 @@ async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
 
 # --- Routes: comments -----------------------------------------------------------------------------
 
-comments = APIRouter(tags=["comments"])
+comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
 
 
-@comments.get("/posts/{post_id}/comments", openapi_extra=ForAnyone)
+@comments.get("/posts/{post_id}/comments", openapi_extra=FOR_ANYONE)
 async def list_comments(post: VisiblePost, asked: AskedPage, db: ReadDB) -> Page[CommentRead]:
     """The comments on a post, oldest first."""
     rows = select(Comment).where(Comment.post_id == post.id).order_by(col(Comment.id))
@@ -1756,7 +1768,7 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
 # Everybody may listen to the stream of events. The room of a post is a WebSocket for people who
 # are signed in: they hear of the post, and each other.
 
-live = APIRouter(tags=["live"])
+live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
 CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008}  # else 1013
 AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
 Resumed = Annotated[str, Header(alias="Last-Event-ID")]
@@ -1771,7 +1783,7 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-@live.get("/events", response_class=EventStream, responses=AS_EVENTS, openapi_extra=ForAnyone)
+@live.get("/events", response_class=EventStream, responses=AS_EVENTS, openapi_extra=FOR_ANYONE)
 async def stream_events(
     me: MaybeUser, post_id: Id | None = None, last_event_id: str = "", resumed: Resumed = ""
 ) -> AsyncIterator[str]:
@@ -1797,7 +1809,7 @@ class Words(CommentCreate):
     type: Literal["message"]
 
 
-class Visit:
+class Guest:
     """One person in the room of a post. What ends it is a refusal."""
 
     def __init__(self, socket: WebSocket, post_id: int) -> None:
@@ -1836,8 +1848,8 @@ class Visit:
             for e in found:
                 frame = f'{{"type":"{e.kind}","id":"{e.id}","data":{e.data}}}'
                 await self.socket.send_text(e.data if hub is chat else frame)
-                if e.kind == "post.deleted":
-                    raise Refusal("NOT_FOUND")
+            if any(e.kind == "post.deleted" for e in found):
+                raise Refusal("NOT_FOUND")
             if not found and hub is events:
                 await self.check()
         if not hub.closed:  # else uvicorn says goodbye
@@ -1851,14 +1863,14 @@ async def visit(socket: WebSocket, post_id: Id) -> None:
     if origin and not known:
         return await socket.close()  # before it was accepted, so the answer is 403
     await socket.accept()
-    guest = Visit(socket, post_id)
+    guest = Guest(socket, post_id)
     try:
         await limit_client(socket.scope)
-        async with events.seat():
+        async with events.seat(), asyncio.TaskGroup() as works:
             await guest.enter()
-            async with asyncio.TaskGroup() as works:
-                for work in (guest.speak(), guest.hear(events), guest.hear(chat)):
-                    works.create_task(work)
+            works.create_task(guest.speak())
+            works.create_task(guest.hear(events))
+            works.create_task(guest.hear(chat))
     except* (Refusal, WebSocketDisconnect, RuntimeError, *DATABASE_ERRORS) as ended:
         code = CLOSE_CODES.get(getattr(ended.exceptions[0], "code", ""), 1013)
         with suppress(WebSocketDisconnect, RuntimeError):  # it was closed already
@@ -2323,7 +2335,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         admins = select(User.email).where(User.role == "admin", User.is_active)
         async with reading() as db:
             emails = await db.exec(admins.order_by(col(User.id)).limit(3))
-            print(banner(address, ", ".join(emails)), flush=True)
+        print(banner(address, ", ".join(emails)), flush=True)
     async with in_touch() if settings.redis_url else nullcontext():
         with log_writer.in_thread():
             yield
@@ -2342,18 +2354,14 @@ app = FastAPI(
     openapi_url=None if settings.production else "/openapi.json", redirect_slashes=False,
     responses=errors(400, 413, 500, 503), generate_unique_id_function=lambda route: route.name,
     telemetry={"tracing": False, "metrics": False, "logs": False},  # asking for them costs a lot
-    middleware=[Middleware(FrontDoor), Middleware(Guard), Middleware(Answers)],
+    middleware=[Middleware(FrontDoor), Middleware(Guard), Middleware(AnswerCache)],
     exception_handlers={
         HTTPException: on_refusal, RequestValidationError: on_invalid_input,
         **dict.fromkeys(DATABASE_ERRORS, on_database_error),
     },
 )  # fmt: skip
-app.include_router(auth, prefix=f"{API}/auth", responses=errors(422))
-app.include_router(users, prefix=f"{API}/users", responses=errors(401, 422, 429))
-app.include_router(posts, prefix=f"{API}/posts", responses=errors(401, 422, 429))
-app.include_router(comments, prefix=API, responses=errors(401, 404, 422, 429))
-app.include_router(live, prefix=API, responses=errors(401, 422, 429))
-app.include_router(pages)
+for router in (auth, users, posts, comments, live, pages):
+    app.include_router(router)
 if not settings.production:
     app.add_api_route("/docs", swagger_ui, include_in_schema=False)
     if find_spec("fastapi_swagger"):

@@ -53,6 +53,7 @@ from uuid import uuid4
 import httpx
 import pytest
 import yaml
+from ecdsa import NIST256p, NIST384p, NIST521p, SigningKey
 from jose import jwt
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -1760,6 +1761,18 @@ def test_no_forged_token_is_taken(service: Service, kind: str) -> None:
     assert refresh(service, person.tokens["refresh_token"]).status_code == 200
 
 
+@pytest.mark.parametrize("algorithm", ["RS256", "PS256", "ES256", "ES384", "ES512", "EdDSA"])
+def test_no_asymmetric_algorithm_is_ever_accepted(service: Service, algorithm: str) -> None:
+    """So a weakness of the packages that python-jose has for them is none here: README says so."""
+    person = sign_up(service)
+    claims = jwt.get_unverified_claims(person.tokens["access_token"])
+    tokens = [raw_token({"typ": "JWT", "alg": algorithm}, claims)]  # signed with our key, too
+    if curve := {"ES256": NIST256p, "ES384": NIST384p, "ES512": NIST521p}.get(algorithm):
+        tokens.append(jwt.encode(claims, SigningKey.generate(curve).to_pem().decode(), algorithm))
+    for token in tokens:
+        assert service.as_(token).get("/users/me").status_code == 401
+
+
 # --- Redis ----------------------------------------------------------------------------------------
 
 
@@ -2373,7 +2386,7 @@ async with main.lifespan(main.app):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": title.encode()})
 
-    door, answered = Answers(slow), []
+    door, answered = AnswerCache(slow), []
 
     async def get():
         scope = {"type": "http", "method": "GET", "path": "/api/v1/posts/1"}
@@ -4930,6 +4943,26 @@ def test_no_name_is_used_above_its_definition() -> None:
                 defined.setdefault(name, part.lineno)
     assert len(defined) > 50
     assert list(early_names(tree, defined, set())) == []
+
+
+BLOCKS = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.TryStar | ast.FunctionDef
+BLOCKS |= ast.AsyncFor | ast.AsyncWith | ast.AsyncFunctionDef
+
+
+def depth(node: ast.AST) -> int:
+    """How deep blocks stand in blocks; an elif stands beside its if."""
+    beside = node.orelse if isinstance(node, ast.If) and len(node.orelse) == 1 else []
+    elifs = [child for child in beside if isinstance(child, ast.If)]
+    inside = [depth(child) - (child in elifs) for child in ast.iter_child_nodes(node)]
+    return isinstance(node, BLOCKS) + max(inside, default=0)
+
+
+def test_functions_are_short_and_nest_no_deeper_than_two() -> None:
+    tree = ast.walk(ast.parse((HERE / "main.py").read_text()))
+    functions = [n for n in tree if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert len(functions) > 100
+    assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 30] == []
+    assert [f.name for f in functions if depth(f) > 1 + 2] == []
 
 
 def test_readme_tells_on_which_lines_each_section_stands() -> None:
