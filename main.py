@@ -82,6 +82,7 @@ from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationErr
 from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
 from pydantic.json_schema import Examples
 from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
+from pydantic.types import StrictBool, StrictInt
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import Column, Connection, Integer, bindparam, delete, event, exc, make_url, update
@@ -443,7 +444,7 @@ Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
 AnyText = StringConstraints(pattern=TEXT)
 NotBlank = StringConstraints(pattern=NOT_BLANK)
 Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
-Age = Annotated[int | None, Field(ge=1, le=149), Examples([36])]
+Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]
 Bio = Annotated[str | None, Field(max_length=2_000), AnyText, Examples(["I keep bees."])]
 AN_AVATAR = Examples(["https://example.com/dora.png"])
 AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress, AN_AVATAR]
@@ -503,7 +504,7 @@ class UserCreateByAdmin(UserCreate):
     model_config = example({"email": "emil@example.com", "password": "correct-horse"})
 
     role: Role = "user"
-    is_active: bool = True
+    is_active: StrictBool = True
 
 
 class UserUpdate(Person):
@@ -517,7 +518,7 @@ class UserUpdate(Person):
     password: Password = Field(default=None)
     current_password: str = Field(default="", max_length=128)
     role: Role = Field(default=None)
-    is_active: bool = Field(default=None)
+    is_active: StrictBool = Field(default=None)
 
 
 class User(Person, Stored, table=True):
@@ -593,7 +594,7 @@ class Tokens(BaseModel):
 class PostCreate(Body):
     title: Title
     content: Content
-    is_published: bool = False
+    is_published: StrictBool = False  # a plain bool would take 0 and "off" as well
 
 
 class PostUpdate(Body):
@@ -603,7 +604,7 @@ class PostUpdate(Body):
 
     title: Title = Field(default=None)
     content: Content = Field(default=None)
-    version: int = Field(default=None)
+    version: StrictInt = Field(default=None)
 
 
 VERSION = Column("version", Integer, nullable=False)

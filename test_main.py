@@ -1207,7 +1207,7 @@ def bounds(**fields: tuple[list[Any], list[Any]]) -> pytest.MarkDecorator:
 @bounds(
     first_name=(["x" * 100], ["x" * 101, "line\nbreak"]),
     last_name=([None], ["bell\u0007", "del\u007f", "next\u0085line"]),
-    age=([1, 149, None], [0, 150]),
+    age=([1, 149, None], [0, 150, "36", True]),
     bio=(["lines\nand 李\U0001f600", "x" * 2_000], ["x" * 2_001, "nul\u0000"]),
     avatar_url=(
         ["https://example.com/a.png", "http://example.com"],
@@ -1217,7 +1217,7 @@ def bounds(**fields: tuple[list[Any], list[Any]]) -> pytest.MarkDecorator:
     email=([], [None]),
     password=([], [None]),
     role=([], [None, "root"]),
-    is_active=([], [None]),
+    is_active=([], [None, 0, "off"]),
 )
 def test_each_field_of_a_user_keeps_its_bounds(
     service: Service, field: str, value: object, taken: bool
@@ -1246,7 +1246,7 @@ def test_names_are_trimmed_and_make_the_full_name(service: Service) -> None:
         ["x" * 100_000, "lines\n\tand 李\U0001f600"],
         ["x" * 100_001, "", " \n\u2003", "nul\u0000", None],
     ),
-    version=([], [None, "first", 1.5]),
+    version=([], [None, "1", True, 1.5]),
     is_published=([], [True]),
 )
 def test_each_field_of_a_post_keeps_its_bounds(
@@ -1263,6 +1263,15 @@ def test_each_field_of_a_post_keeps_its_bounds(
         assert changed.json()[field] == (value.strip() if field == "title" else value)
     else:
         assert author.api.get(f"/posts/{post['id']}").json() == post
+
+
+@pytest.mark.parametrize("flag", [0, 1, "true", "off", None])
+def test_a_flag_is_true_or_false_and_nothing_like_it(service: Service, flag: object) -> None:
+    person, admin = sign_up(service), sign_in_admin(service)
+    assert person.api.post("/posts", json=A_POST | {"is_published": flag}).status_code == 422
+    account = {"email": new_email(), "password": PASSWORD, "is_active": flag}
+    assert admin.api.post("/users", json=account).status_code == 422
+    assert person.api.get("/users/me/posts").json()["total"] == 0
 
 
 @bounds(text=(["x" * 500], ["x" * 501, "", " \n\u2003", "a\u0000", 1]))
