@@ -1566,7 +1566,7 @@ async def create_user(
     return await add_user(db, body, send_welcome)
 
 
-@users.get("/me", response_model=UserRead)
+@users.get("/me", response_model=UserRead, include_in_schema=False)  # /docs show it as {user}
 async def get_me(me: CurrentUser) -> User:
     """You yourself."""
     return me
