@@ -110,7 +110,6 @@ now = partial(datetime.now, UTC)  # the one clock: UTC, like all that is stored 
 # there again. A wrong value ends the start with one line: the name, the value, the rule.
 
 TEXT = r"^[^\x00]*$"
-NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
     00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1"""
 
@@ -442,7 +441,7 @@ OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x
 WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
 Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
 AnyText = StringConstraints(pattern=TEXT)
-NotBlank = StringConstraints(pattern=NOT_BLANK)
+NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
 Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
 Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]
 Bio = Annotated[str | None, Field(max_length=2_000), AnyText, Examples(["I keep bees."])]
@@ -458,6 +457,11 @@ SESSION_LIFE = timedelta(days=settings.refresh_token_expire_days)
 Item = TypeVar("Item")
 
 
+def example(fields: dict[str, str]) -> Any:
+    """What /docs sends if nobody changes it, where the examples above do not fit together."""
+    return {"json_schema_extra": {"examples": [fields]}}
+
+
 class Stored(SQLModel):
     """What has an id of its own."""
 
@@ -465,11 +469,6 @@ class Stored(SQLModel):
 
     id: int = Field(default=None, primary_key=True)
     created_at: datetime = Field(default_factory=now)
-
-
-def example(fields: dict[str, str]) -> Any:
-    """What /docs sends if nobody changes it, where the examples above do not fit together."""
-    return {"json_schema_extra": {"examples": [fields]}}
 
 
 class Body(SQLModel):
@@ -795,6 +794,18 @@ async def write_db() -> AsyncIterator[AsyncSession]:
 # With scope "function" the connection goes back when the route returns, not when all is sent.
 ReadDB = Annotated[AsyncSession, Depends(read_db, scope="function")]
 WriteDB = Annotated[AsyncSession, Depends(write_db, scope="function")]
+
+
+async def page_of(
+    db: AsyncSession, rows: Any, asked: PageQuery, kind: type[Page[Item]], count: Any = None
+) -> Page[Item]:
+    """One page of all rows, each row as the kind of page shows it."""
+    if count is None:
+        count = rows.with_only_columns(func.count(), maintain_column_froms=True).order_by(None)
+    total = (await db.exec(count)).one()
+    items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
+    found = {"items": items, "total": total, "pages": -(-total // asked.size)}
+    return kind.model_validate(found | {"page": asked.page, "size": asked.size})
 
 
 # --- Security -------------------------------------------------------------------------------------
@@ -1535,18 +1546,6 @@ async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
         if getattr(found.get(me.id), field, None) != getattr(me, field):
             raise Refusal("CONFLICT")
     return found[user_id]
-
-
-async def page_of(
-    db: ReadDB, rows: Any, asked: PageQuery, kind: type[Page[Item]], count: Any = None
-) -> Page[Item]:
-    """One page of all rows, each row as the kind of page shows it."""
-    if count is None:
-        count = rows.with_only_columns(func.count(), maintain_column_froms=True).order_by(None)
-    total = (await db.exec(count)).one()
-    items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
-    found = {"items": items, "total": total, "pages": -(-total // asked.size)}
-    return kind.model_validate(found | {"page": asked.page, "size": asked.size})
 
 
 @users.get("", response_model=Page[UserRead] | Page[UserPublic])

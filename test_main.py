@@ -3,7 +3,7 @@
 Most tests share one server for each database and never meet, since everybody signs up with an email
 of their own. Tests that need other settings, or break something, start servers of their own.
 
-    python -m pytest              the rounds that fit into a minute
+    python -m pytest              a few rounds of each
     FULL=1 python -m pytest       all rounds
     TEST_DATABASE_URL=postgresql+asyncpg://… python -m pytest      on PostgreSQL as well
     TEST_REDIS_URL=redis://… python -m pytest                      and with Redis, which is emptied
