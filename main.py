@@ -158,12 +158,13 @@ Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
 PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
 Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
-MailHost = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
+MAIL_HOST = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
 Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
 RedisRules = StringConstraints(pattern=r"^(rediss?|unix)://")
 DatabaseUrl = Annotated[str, AfterValidator(known_database)]
 RedisUrl = Annotated[str, RedisRules, AfterValidator(partial(usable, redis_client))]
-SmtpUrl = Annotated[str, StringConstraints(pattern=rf"^smtps?://([^@/\s]*@)?{MailHost}/?$")]
+SmtpRules = StringConstraints(pattern=rf"^smtps?://([^@/\s]*@)?{MAIL_HOST}/?$")
+SmtpUrl = Annotated[str, SmtpRules, AfterValidator(partial(usable, lambda url: urlsplit(url).port))]
 
 
 class Settings(BaseSettings):
@@ -290,8 +291,9 @@ class LogWriter(logging.Handler):
     def next_piece(self) -> str:
         """Up to 4 KiB, which stay whole in a pipe that several processes share."""
         piece = self.lines.popleft()
-        while self.lines and len(piece) + len(self.lines[0]) < 4_096:
-            piece += self.lines.popleft()
+        with suppress(IndexError):  # there are no more, or another thread was faster
+            while len(piece) + len(self.lines[0]) < 4_096:
+                piece += self.lines.popleft()
         return piece
 
     def write(self) -> None:
@@ -322,7 +324,7 @@ log_writer = LogWriter()
 
 
 def log_request(scope: Scope, status: int, seconds: float) -> None:
-    """Not through `logging`, which takes as long as the rest of a request that is remembered."""
+    """Not through `logging`, which alone takes as long as an answer from memory."""
     state = scope["state"]
     line = {
         "request_id": state["request_id"],
@@ -443,7 +445,7 @@ Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
 AnyText = StringConstraints(pattern=TEXT)
 NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
 Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
-Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]
+Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]  # not strict: "36", too
 Bio = Annotated[str | None, Field(max_length=2_000), AnyText, Examples(["I keep bees."])]
 AN_AVATAR = Examples(["https://example.com/dora.png"])
 AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress, AN_AVATAR]
@@ -472,7 +474,7 @@ class Stored(SQLModel):
 
 
 class Body(SQLModel):
-    """What may come in: known fields alone, so that nobody assigns what is not theirs."""
+    """What people write: known fields alone, so that nobody assigns what is not theirs."""
 
     model_config = {"extra": "forbid"}
 
@@ -593,7 +595,7 @@ class Tokens(BaseModel):
 class PostCreate(Body):
     title: Title
     content: Content
-    is_published: StrictBool = False  # a plain bool would take 0 and "off" as well
+    is_published: StrictBool = False
 
 
 class PostUpdate(Body):
@@ -661,7 +663,7 @@ def read_moment(text: str, at: time = time.min) -> datetime:
     with suppress(ValueError, OverflowError):
         found = datetime.fromisoformat(text)
         return found.replace(tzinfo=found.tzinfo or UTC).astimezone(UTC)
-    raise ValueError("must be a date or a time, within all time")
+    raise ValueError("must be a date or a time in the years 1 to 9999")
 
 
 last_moment = partial(read_moment, at=time.max)
@@ -736,7 +738,7 @@ class OneTrip(aiosqlite.AsyncAdapt_aiosqlite_cursor):
 
 
 class FirstComeFirstServed(AsyncAdaptedQueue[Any]):
-    """The free connections. SQLAlchemy's own queue lets who comes later pass those who wait."""
+    """The free connections. SQLAlchemy's own queue lets latecomers pass those who wait."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -799,7 +801,7 @@ WriteDB = Annotated[AsyncSession, Depends(write_db, scope="function")]
 async def page_of(
     db: AsyncSession, rows: Any, asked: PageQuery, kind: type[Page[Item]], count: Any = None
 ) -> Page[Item]:
-    """One page of all rows, each row as the kind of page shows it."""
+    """The page that was asked for; its kind says what is shown of a row."""
     if count is None:
         count = rows.with_only_columns(func.count(), maintain_column_froms=True).order_by(None)
     total = (await db.exec(count)).one()
@@ -845,9 +847,11 @@ def kept_secret() -> bytes:
         aside = Path(f"{kept}.{secrets.token_hex(8)}")
         aside.touch(mode=0o600)
         aside.write_text(secrets.token_urlsafe(48))
-        with suppress(FileExistsError):
-            kept.hardlink_to(aside)
-        aside.unlink()
+        try:
+            with suppress(FileExistsError):
+                kept.hardlink_to(aside)
+        finally:
+            aside.unlink()
     secret = kept.read_bytes().strip()
     if len(secret) < 32:
         raise ValueError(f"the key in {kept} is shorter than 32 bytes")
@@ -939,7 +943,7 @@ class Redis:
             log.warning("Redis %s; limits and events are %sshared", what, "" if up else "not ")
 
     async def ask(self, *command: Any) -> Any:
-        """The answer, or None. Who comes while a trip is under way shares the next one."""
+        """The answer, or None. Whoever comes while a trip is under way shares the next one."""
         self.trip = trip = self.trip or asyncio.create_task(self.travel())
         self.commands.append(command)
         place = len(self.commands) - 1
@@ -949,6 +953,7 @@ class Redis:
         self.note(False, "does not answer in time")
 
     async def travel(self) -> list[Any]:
+        """All that was asked meanwhile, in one trip; one at a time is on the road."""
         async with self.road, self.within(1):
             commands, self.commands, self.trip = self.commands, [], None
             if self.up:
@@ -970,7 +975,7 @@ class Redis:
         self.note(True, "answers")
 
     async def listen(self) -> None:
-        """Waits a second for what is written to the logs, by whom ever, and hands it on."""
+        """Waits a second for what is written to the logs, by anyone, and hands it on."""
         if not self.up:
             await self.meet()
         await self.ask("PING")  # so that nobody on the way thinks this connection idle
@@ -1005,7 +1010,7 @@ async def in_touch() -> AsyncIterator[None]:
 # --- Rate limiter ---------------------------------------------------------------------------------
 # Each client has so many requests in a window of time, which opens at the first of them. So at the
 # edge of two windows twice as many may pass: that is the price of a count that needs no history.
-# The front door leaves here what was `asked`, the headers, and adds to the answer what is `told`.
+# The front door keeps the headers of a request as `asked`, and adds to the answer what is `told`.
 
 SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
 MAX_WINDOWS = 20_000
@@ -1014,7 +1019,7 @@ STRICT = (f"{API}/auth/register", f"{API}/auth/login")
 
 
 class Limiter:
-    """What is older than a window is dropped as a whole, and what there is too much of as well."""
+    """Two dictionaries take turns: when a window is over, or one is full, the older is dropped."""
 
     def __init__(self, name: str, rate: str, times: int = 1) -> None:
         number, _, unit = rate.partition("/")
@@ -1090,8 +1095,8 @@ remembers = alone and settings.redis_url is None and settings.cache_seconds > 0
 
 
 class Memory:
-    """It is emptied whole: by a write, when it is full, when it is old. Who wants to keep what they
-    read takes the ticket before they read, and each time that it is emptied the ticket changes."""
+    """It is emptied whole: by a write, when it is full, when it is old. To keep what you read, take
+    the ticket before you read: it changes each time that the memory is emptied."""
 
     def __init__(self, *tables: str) -> None:
         self.tables, self.ticket, self.writing = tables, 0, False
@@ -1227,7 +1232,7 @@ class Hub:
         self.wake()
 
     def wake(self) -> None:
-        """Wakes who waits now; who comes later waits for the next event."""
+        """Wakes those who wait now; later ones wait for the next event."""
         self.news.set()
         self.news = asyncio.Event()
 
@@ -1241,7 +1246,7 @@ class Hub:
         return next((self.count - len(self.log) + place for place in found), None)
 
     async def follow(self, place: int, post_id: int | None = None) -> AsyncIterator[list[Event]]:
-        """Events as they come, every ten seconds none; it ends for who fell out of the log."""
+        """Events as they come, every ten seconds none. Ends for those who fell out of the log."""
         pulse = perf_counter() + PATIENCE_SECONDS
         while not self.closed and self.count - place <= len(self.log):
             news = self.news  # what comes while we look and tell is not slept through
@@ -1368,7 +1373,7 @@ async def maybe_user(request: Request, token: SentToken) -> User | None:
 
 
 MaybeUser = Annotated[User | None, Depends(maybe_user)]
-FOR_ANYONE: Any = {"security": [{}]}  # to /docs: the token may be left out
+FOR_ANYONE: Any = {"security": [{}]}  # for /docs: the token may be left out
 
 
 def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
@@ -1415,8 +1420,8 @@ HELD_POST = ONE_POST.with_for_update(of=Post)
 
 
 async def find_post(db: AsyncSession, post_id: int, me: User | None, hold: bool = False) -> Post:
-    """To all but its author and superusers a draft does not exist. Who holds a post is the only
-    one to write to it, or below it, until the commit."""
+    """To all but its author and superusers a draft does not exist. Whoever holds a post is the
+    only one to write to it, or below it, until the commit."""
     rows = HELD_POST if hold else ONE_POST
     post = (await db.exec(rows, params={"post_id": post_id})).first()
     if post is None or not (post.is_published or may_change(me, post)):
@@ -1447,7 +1452,7 @@ OwnPost = Annotated[Post, Depends(own_post)]
 
 # --- Routes: accounts and tokens ------------------------------------------------------------------
 # The database decides who wins a refresh: the request that still finds its token's jti in the row
-# replaces it. Who comes with the one just replaced, within 10 s, is given the same new token.
+# replaces it. Whoever comes with the one just replaced, within 10 s, gets the same new token.
 
 auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422))
 
@@ -1494,7 +1499,7 @@ async def login(request: Request, form: LoginForm, db: WriteDB, response: Respon
 
 @auth.post("/refresh", responses=errors(401, 429))
 async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: Response) -> Tokens:
-    """Trade a refresh token for new tokens. One used before ends the session: it may be stolen."""
+    """Trade a refresh token for new ones. One used more than 10 s ago ends the session."""
     claims = read_token(refresh_token, "refresh")
     moment = now()
     await db.exec(
@@ -1504,7 +1509,7 @@ async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: 
     )
     session = await live_session(db, claims)
     if session.previous_jti != claims.jti or moment - session.rotated_at > REFRESH_GRACE:
-        await db.delete(session)
+        await db.exec(delete(LoginSession).where(col(LoginSession.id) == session.id))
         await db.commit()
         raise Refusal("TOKEN_REUSED")
     await db.commit()
@@ -1564,7 +1569,7 @@ async def create_user(
     return await add_user(db, body, send_welcome)
 
 
-@users.get("/me", response_model=UserRead, include_in_schema=False)  # /docs show it as {user}
+@users.get("/me", response_model=UserRead, include_in_schema=False)  # {user} may be "me" too
 async def get_me(me: CurrentUser) -> User:
     """You yourself."""
     return me
@@ -1583,7 +1588,8 @@ async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
 @users.patch("/{user}", response_model=UserRead, responses=errors(403, 404, 409))
 async def update_user(user_id: OwnId, body: UserUpdate, this: CurrentSession, db: WriteDB) -> User:
     """Change the fields that are sent. Your own email or password needs `current_password`."""
-    me, own, sent = this.user, user_id == this.user_id, body.model_fields_set
+    me, sent = this.user, body.model_fields_set
+    own = user_id == me.id
     if sent & {"role", "is_active"} and not me.is_superuser:
         raise Refusal("INSUFFICIENT_PERMISSIONS")
     if sent & {"role", "is_active"} and own:
@@ -1608,11 +1614,12 @@ async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
     if user_id == me.id:
         raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
     user = await hold_user(db, user_id, me)
-    theirs = delete(Post).where(col(Post.author_id) == user_id)
-    theirs_named = theirs.returning(col(Post.id), col(Post.is_published))
-    gone = (await db.exec(theirs_named)).all()
+    removal = delete(Post).where(col(Post.author_id) == user_id)
+    theirs = removal.returning(col(Post.id), col(Post.is_published))
+    # Posts first and then the user, as all who write take them, or two would wait for each other.
+    gone = (await db.exec(theirs)).all()
     await db.refresh(user, with_for_update=True)  # from here on they write no more
-    gone = [*gone, *(await db.exec(theirs_named)).all()]
+    gone = [*gone, *(await db.exec(theirs)).all()]  # what they wrote meanwhile
     await db.delete(user)
     await db.commit()
     for start in range(0, len(gone), 100):  # so that listeners read before these leave the log
@@ -1768,7 +1775,7 @@ async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
 
 live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
 CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008}  # else 1013
-AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # to /docs
+AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # for /docs
 Resumed = Annotated[str, Header(alias="Last-Event-ID")]
 
 
@@ -1777,7 +1784,7 @@ class EventStream(StreamingResponse):
         self.headers.update({"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         self.headers["X-Accel-Buffering"] = "no"
         async with events.seat():
-            with suppress(Refusal):  # of a body, which nobody asked for
+            with suppress(Refusal):  # of a body that is too large: it just ends
                 await super().__call__(scope, receive, send)
 
 
@@ -1829,6 +1836,7 @@ class Guest:
         self.token = (await self.read(Hello, PATIENCE_SECONDS)).token
         self.places = {events: events.count, chat: chat.count}  # from here on nothing is missed
         self.me = Author.model_validate(await self.check()).model_dump()
+        self.socket.state.user_id = self.me["id"]  # for the log
         await self.socket.send_json({"type": "ready", "user": self.me})
 
     async def speak(self) -> None:
@@ -2119,7 +2127,7 @@ listen();
 """
 NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 OURS = "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
-AS_PAGE: Any = {200: {"content": {"text/html": {}}}} | errors(429)  # to /docs
+AS_PAGE: Any = {200: {"content": {"text/html": {}}}} | errors(429)  # for /docs
 
 
 @pages.head("/", include_in_schema=False)
@@ -2136,7 +2144,7 @@ async def root(request: Request) -> Response:
 
 
 # --- Front door -----------------------------------------------------------------------------------
-# What every request passes, in this order: plain ASGI, a small class each.
+# What every request passes, in this order, before the cache: plain ASGI, a small class each.
 
 MAX_BODY_BYTES = 1024 * 1024
 MAX_FRAMES = 200  # of a WebSocket, in one piece
@@ -2147,7 +2155,7 @@ EXPOSED_HEADERS += ["X-Request-ID", "X-Process-Time", "X-Cache"]
 
 
 async def send_in_time(message: Message, send: Send, receive: Any) -> None:
-    """Who does not read for ten seconds is cut off. ASGI cannot say it: uvicorn's transport can."""
+    """A client that does not read is cut off. ASGI cannot say it: uvicorn's transport can."""
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             await send(message)
@@ -2157,7 +2165,7 @@ async def send_in_time(message: Message, send: Send, receive: Any) -> None:
 
 class Frames(WebSocketsSansIOProtocol):
     """uvicorn reads any number of frames at once, so a flood of small ones would hold up everyone;
-    and to who answers no ping it says goodbye, which waits for what they do not read."""
+    and to those who answer no ping it says goodbye, which waits for what they do not read."""
 
     def data_received(self, data: bytes) -> None:
         self.seen = 0
@@ -2182,7 +2190,7 @@ class Frames(WebSocketsSansIOProtocol):
 
 
 class FrontDoor:
-    """Names, times and logs every answer. CORS, which is slow, is only for who sends an Origin."""
+    """Names, times and logs every answer. CORS, which is slow, is only for those with an Origin."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -2227,7 +2235,7 @@ class FrontDoor:
 
 
 class Guard:
-    """Refuses who asks too often, bodies over 1 MiB, announced or not, and what nobody caught."""
+    """Refuses those who ask too often, and bodies over 1 MiB; answers for what nobody caught."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -2323,8 +2331,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         reason = str(error).partition("\n")[0]
         log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
         os._exit(3)  # raising would print a traceback after this line
-    if not remembers:
-        log.info("Nothing is remembered: CACHE_SECONDS is 0, or others may write to the database")
     for number in uvicorn.server.HANDLED_SIGNALS:
         usual = signal.getsignal(number)
         if callable(usual) and threading.current_thread() is threading.main_thread():
@@ -2333,7 +2339,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         admins = select(User.email).where(User.role == "admin", User.is_active)
         async with reading() as db:
             emails = await db.exec(admins.order_by(col(User.id)).limit(3))
-        print(banner(address, ", ".join(emails)), flush=True)
+        with suppress(OSError):  # nobody reads it
+            print(banner(address, ", ".join(emails)), flush=True)
     async with in_touch() if settings.redis_url else nullcontext():
         with log_writer.in_thread():
             yield
