@@ -61,7 +61,7 @@ from math import ceil
 from multiprocessing import parent_process
 from pathlib import Path
 from shutil import rmtree
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from time import perf_counter, sleep
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -844,14 +844,11 @@ def kept_secret() -> bytes:
     """The key beside the database: linked into place, so that of several processes one wins."""
     kept = Path(f"{settings.sqlite_file}.key")
     if not kept.exists():
-        aside = Path(f"{kept}.{secrets.token_hex(8)}")
-        aside.touch(mode=0o600)
-        aside.write_text(secrets.token_urlsafe(48))
-        try:
-            with suppress(FileExistsError):
-                kept.hardlink_to(aside)
-        finally:
-            aside.unlink()
+        with TemporaryDirectory(dir=kept.parent) as folder, suppress(FileExistsError):
+            aside = Path(folder, "key")
+            aside.touch(mode=0o600)
+            aside.write_text(secrets.token_urlsafe(48))
+            kept.hardlink_to(aside)
     secret = kept.read_bytes().strip()
     if len(secret) < 32:
         raise ValueError(f"the key in {kept} is shorter than 32 bytes")
