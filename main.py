@@ -109,7 +109,7 @@ now = partial(datetime.now, UTC)  # the one clock: UTC, like all that is stored 
 # All that the service may be told, read once from the environment or `.env`; nothing below looks
 # there again. A wrong value ends the start with one line: the name, the value, the rule.
 
-TEXT = r"^[^\x00]*$"
+NO_NUL = r"^[^\x00]*$"
 COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
     00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1"""
 
@@ -155,7 +155,7 @@ def redis_client(url: str) -> Any:
 
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
-PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=TEXT)
+PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=NO_NUL)
 Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
 MAIL_HOST = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
@@ -441,8 +441,8 @@ async def on_database_error(request: Request, error: Any) -> Response:
 
 OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
 WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
-Trimmed = StringConstraints(strip_whitespace=True, pattern=TEXT)
-AnyText = StringConstraints(pattern=TEXT)
+Trimmed = StringConstraints(strip_whitespace=True, pattern=NO_NUL)
+AnyText = StringConstraints(pattern=NO_NUL)
 NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
 Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
 Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]  # not strict: "36", too
@@ -670,7 +670,7 @@ last_moment = partial(read_moment, at=time.max)
 
 
 class PostQuery(PageQuery):
-    author: Annotated[str, StringConstraints(max_length=100, pattern=TEXT)] = ""
+    author: Annotated[str, StringConstraints(max_length=100, pattern=NO_NUL)] = ""
     min_date: Annotated[datetime | None, BeforeValidator(read_moment, str)] = None
     max_date: Annotated[datetime | None, BeforeValidator(last_moment, str)] = None
     sort: Sort | None = None
@@ -1532,13 +1532,16 @@ async def verify(me: CurrentUser, role: Role | None = None) -> Response:
 
 
 # --- Routes: users --------------------------------------------------------------------------------
+# `{user}` in a path is an id or `me`. Superusers may change others, and nobody their own role: so
+# an admin always remains.
 
 users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
 
 
 async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
     """Locks the user to change and the one who asks, in order of id, and looks whether the latter
-    is still who they were: of two admins who remove each other at once, one comes too late."""
+    is still who they were: of two admins who remove each other at once, one comes too late.
+    Whoever writes posts of theirs need not wait (`key_share`)."""
     both = select(User).where(col(User.id).in_((user_id, me.id))).order_by(col(User.id))
     found = {user.id: user for user in await db.exec(both.with_for_update(key_share=True))}
     if user_id not in found:
@@ -1566,7 +1569,7 @@ async def create_user(
     return await add_user(db, body, send_welcome)
 
 
-@users.get("/me", response_model=UserRead, include_in_schema=False)  # {user} may be "me" too
+@users.get("/me", response_model=UserRead, include_in_schema=False)  # {user} says it, slower
 async def get_me(me: CurrentUser) -> User:
     """You yourself."""
     return me
@@ -1632,6 +1635,8 @@ async def list_own_posts(asked: AskedPage, me: CurrentUser, db: ReadDB) -> Page[
 
 
 # --- Routes: posts --------------------------------------------------------------------------------
+# A draft is there for its author and superusers alone. What is published is told to listeners, each
+# change after its commit.
 
 posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
 
@@ -1723,6 +1728,7 @@ async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
 
 
 # --- Routes: comments -----------------------------------------------------------------------------
+# They belong to a post: whoever does not see it does not see them.
 
 comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
 

@@ -1224,7 +1224,7 @@ def bounds(**fields: tuple[list[Any], list[Any]]) -> pytest.MarkDecorator:
 @bounds(
     first_name=(["x" * 100], ["x" * 101, "line\nbreak"]),
     last_name=([None], ["bell\u0007", "del\u007f", "next\u0085line"]),
-    age=([1, 149, None], [0, 150, "36", True]),
+    age=([1, 149, None], [0, 150, "36", 36.0, True]),
     bio=(["lines\nand 李\U0001f600", "x" * 2_000], ["x" * 2_001, "nul\u0000"]),
     avatar_url=(
         ["https://example.com/a.png", "http://example.com"],
