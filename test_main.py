@@ -1575,6 +1575,7 @@ async with main.lifespan(main.app), httpx.AsyncClient(transport=door) as client:
     assert run_beside_main(script, tmp_path, BCRYPT_ROUNDS="4") == "5 5\n503 5\n"
 
 
+@pytest.mark.slow
 def test_a_lock_that_postgresql_does_not_give_is_503(start: Start) -> None:
     service = start(database="postgresql")
     person = sign_up(service)
@@ -1634,6 +1635,7 @@ def postgres_server() -> Iterator[PostgresServer]:
     shutil.rmtree(server.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_a_postgresql_that_restarts_under_load_costs_503s_and_loses_nothing(
     start: Start, postgres_server: PostgresServer, mode: str
@@ -1984,6 +1986,7 @@ def test_processes_share_their_limits(two: StartTwo) -> None:
     assert logins == [401, 401, 401, 429, 429]
 
 
+@pytest.mark.slow
 def test_two_workers_share_limits_and_events(start: Start) -> None:
     service = start(WORKERS="2", REDIS_URL=new_redis(), AUTH_RATE_LIMIT="20/hour")
     admin = sign_in_admin(service)
@@ -3686,6 +3689,7 @@ def test_posts_are_filtered_by_dates_inclusively(service: Service) -> None:
         assert ids_of(service, f"author={name}&{query}") == expected, query
 
 
+@pytest.mark.slow
 def test_a_page_of_20_posts_costs_two_statements_and_by_key_one(service: Service) -> None:
     for _ in range(20):
         publish(sign_up(service))
@@ -5409,6 +5413,7 @@ def test_every_setting_stands_in_readme_with_its_default() -> None:
         assert name == "SECRET_KEY" or shown == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extras", [[], ["asyncpg", "redis"]], ids=["alone", "with extras"])
 def test_the_compose_files_in_readme_start(start: Start, extras: Any) -> None:
     """Their settings at least: no engine runs here that would start the containers."""
