@@ -1569,7 +1569,7 @@ async def create_user(
     return await add_user(db, body, send_welcome)
 
 
-@users.get("/me", response_model=UserRead, include_in_schema=False)  # {user} says it, slower
+@users.get("/me", response_model=UserRead, include_in_schema=False)  # as {user}, but faster
 async def get_me(me: CurrentUser) -> User:
     """You yourself."""
     return me

@@ -365,15 +365,21 @@ def run_main(folder: Path, **settings: str) -> tuple[int, str]:
     return running.wait(20), errors.read_text()
 
 
-def run_beside_main(script: str, folder: Path, *arguments: str, **settings: str) -> str:
-    """What a coroutine prints that knows the names of main and has a database of its own."""
-    head = "import asyncio, main\nfrom main import *\nasync def run():\n"
+def output_of(program: str, folder: Path, *arguments: str, **settings: str) -> str:
+    """What a program prints that may import main and has a database of its own."""
     env = environment({"SECRET_KEY": KEY} | settings)
     file, printed, errors = (folder / name for name in ("script.py", "printed", "errors"))
-    file.write_text(f"{head}{textwrap.indent(script, '    ')}\nasyncio.run(run())\n")
+    file.write_text(program)
     running = Forked([str(file), *arguments], folder, env, printed, errors)
     assert running.wait(60) == 0, errors.read_text()
     return printed.read_text()
+
+
+def run_beside_main(script: str, folder: Path, *arguments: str, **settings: str) -> str:
+    """What a coroutine prints that knows the names of main."""
+    head = "import asyncio, main\nfrom main import *\nasync def run():\n"
+    program = f"{head}{textwrap.indent(script, '    ')}\nasyncio.run(run())\n"
+    return output_of(program, folder, *arguments, **settings)
 
 
 class MailHandler(socketserver.StreamRequestHandler):
@@ -1734,13 +1740,9 @@ def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(start: Start)
 
 @pytest.mark.parametrize(("cores", "each"), [(9, "2\n"), (3, "1\n")])
 def test_workers_share_the_cores_among_them(tmp_path: Path, cores: int, each: str) -> None:
-    file = tmp_path / "cores.py"
-    file.write_text(f"import os; os.cpu_count = lambda: {cores}\n")
-    file.write_text(file.read_text() + "import main; print(main.cores.total_tokens)\n")
-    printed = tmp_path / "printed"
-    settings = environment({"SECRET_KEY": KEY, "WORKERS": "4"})
-    assert Forked([str(file)], tmp_path, settings, printed, printed).wait(60) == 0
-    assert printed.read_text() == each
+    program = f"import os\nos.cpu_count = lambda: {cores}\n"
+    program += "import main\nprint(main.cores.total_tokens)\n"
+    assert output_of(program, tmp_path, WORKERS="4") == each
 
 
 @pytest.mark.slow
