@@ -1,0 +1,2583 @@
+"""Nutshell: a complete API service in one file.
+
+A book whose every chapter ends with a program that runs. From "Application" on you may cut the
+file at any banner: what stands above is a working service, and knows nothing of what was below.
+
+    Settings              what the environment says, read once
+    Logging               a line for each request
+    Errors                every error has one shape
+    Database              many readers, one writer; what is remembered until the next commit
+    Schemas               what tables and bodies have in common
+    Application           the app, what every request passes, and where chapters attach
+    Docs                  Swagger UI without a network
+    Rate limiter          so many requests in a window of time
+    Passwords and tokens  bcrypt and JWTs
+    Accounts              users, logins, and who is asking
+                          (up to here: a service for accounts and tokens)
+    Posts                 drafts, publishing, lists
+    Comments              the smallest example of it all
+                          (up to here: the minimal microservice)
+    Users                 what people and admins do with accounts
+    Verify                a proxy asks who somebody is
+    Cache                 anonymous answers come from memory
+    Live events           what happens to posts, as a stream
+    Rooms                 a WebSocket for each post
+    Mail                  sent in the background
+    Demo                  people and posts to begin with
+    The page              all of it, in a browser
+    python main.py        what is printed at the start, and the server
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import smtplib
+import socket
+import sqlite3
+import ssl
+import string
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import UTC, date, datetime, time, timedelta
+from email.message import EmailMessage
+from functools import cache, lru_cache, partial
+from http import HTTPStatus
+from importlib.util import find_spec
+from ipaddress import IPv6Address, ip_address
+from math import ceil
+from multiprocessing import parent_process
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
+from urllib.parse import quote, unquote
+
+import anyio
+import bcrypt
+import sqlalchemy as sa
+import uvicorn
+from email_validator import validate_email
+from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.requests import HTTPConnection
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.staticfiles import StaticFiles
+from jose import jwk, jwt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, StringConstraints, ValidationError
+from pydantic.functional_validators import field_validator, model_validator
+from pydantic.json_schema import Examples
+from pydantic.networks import AnyUrl, IPvAnyAddress, IPvAnyNetwork, UrlConstraints
+from pydantic.types import StrictBool, StrictInt
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm.exc import StaleDataError
+from sqlmodel import AutoString, Field, Relationship, Session, SQLModel, col, func, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+
+API = "/api/v1"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+# --- Settings -------------------------------------------------------------------------------------
+# Everything that can be configured, read once from the environment, `.env` or /run/secrets. A wrong
+# value ends the start with one line: the variable and the rule, never the value.
+
+NO_NUL = StringConstraints(pattern=r"^[^\x00]*$")  # PostgreSQL cannot store it
+SECRETS_FOLDER = "/run/secrets" if Path("/run/secrets").is_dir() else None
+COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
+    00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1
+    football baseball princess"""
+
+
+def normalize_email(value: str) -> str:
+    if len(value) > 254:  # a long one would take minutes to check
+        raise ValueError("must have at most 254 characters")
+    return validate_email(value.strip().lower(), check_deliverability=False).normalized
+
+
+def check_password(value: str) -> str:
+    if value.lower() in COMMON_PASSWORDS.split():
+        raise ValueError("is one of the passwords that are guessed first")
+    return value
+
+
+def check_database_url(value: str) -> str:
+    if ":memory:" in value or "mode=memory" in value:
+        raise ValueError("must name a file: each connection would have a :memory: of its own")
+    if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://.", value):
+        raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
+    if value.startswith("postgresql") and find_spec("asyncpg") is None:
+        raise ValueError("needs a package: pip install asyncpg==0.32.0")
+    try:
+        sa.make_url(value)
+    except (exc.ArgumentError, ValueError):  # its text shows the password
+        raise ValueError("must be a URL, its password percent-encoded") from None
+    return value
+
+
+EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
+Email = Annotated[str, EmailRules, AfterValidator(normalize_email), Examples(["dora@example.com"])]
+PasswordRules = StringConstraints(min_length=8, max_length=128)
+Password = Annotated[str, PasswordRules, NO_NUL, AfterValidator(check_password)]
+DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
+PublicUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]*[^\s?#/]$")]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z\d+.-]*://[^/\s?#@A-Z]+)$")]
+Rate = Annotated[str, StringConstraints(pattern=r"^(off|[1-9]\d{0,8}/(second|minute|hour))$")]
+SmtpUrl = Annotated[AnyUrl, UrlConstraints(allowed_schemes=["smtp", "smtps"], host_required=True)]
+
+
+class Settings(BaseSettings):
+    """README says what each one means. An empty value counts as not set."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", secrets_dir=SECRETS_FOLDER, extra="ignore", env_ignore_empty=True
+    )
+
+    environment: Literal["development", "production"] = "development"
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    # the database
+    database_url: DatabaseUrl = "sqlite+aiosqlite:///./app.db"
+    cache_seconds: int = Field(default=60, ge=0, le=86_400)
+    redis_url: str | None = None
+    # requests
+    cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
+    rate_limit: Rate = "600/minute"
+    auth_rate_limit: Rate = "30/minute"
+    otel_exporter_otlp_endpoint: str | None = None
+    # passwords, tokens and accounts
+    secret_key: Annotated[bytes, Field(min_length=32)] | None = None
+    access_token_expire_minutes: int = Field(default=30, ge=1, le=525_600)
+    refresh_token_expire_days: int = Field(default=7, ge=1, le=3_650)
+    bcrypt_rounds: int = Field(default=12, ge=4, le=16)
+    registration: Literal["open", "closed"] = "open"
+    first_superuser_email: Email | None = None
+    first_superuser_password: Password | None = None
+    # mail
+    public_url: PublicUrl = "http://localhost:8000"
+    smtp_url: SmtpUrl | None = None
+    mail_from: Email = "nutshell@example.com"
+    admin_email: Email | None = None
+    # the demo
+    demo: bool = False
+    # python main.py
+    host: IPvAnyAddress | Literal["localhost"] = Field(default="127.0.0.1")
+    port: int = Field(default=8000, ge=1, le=65_535)
+    web_concurrency: int = Field(default=1, ge=1, le=256)
+    forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
+
+    @field_validator("forwarded_allow_ips", "cors_origins", mode="before")
+    @classmethod
+    def split_at_commas(cls, value: str) -> list[str]:
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> Self:
+        sent = self.model_fields_set
+        problems = []
+        if self.secret_key is None and (self.production or self.sqlite_file is None):
+            problems.append("SECRET_KEY: must be set in production and with PostgreSQL")
+        if self.production and "cors_origins" not in sent:
+            self.cors_origins = []
+        if self.production and "*" in self.cors_origins:
+            problems.append("CORS_ORIGINS: must not be * in production")
+        if (self.first_superuser_email is None) != (self.first_superuser_password is None):
+            problems.append("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
+        if self.demo and (self.production or "database_url" in sent):
+            problems.append("DEMO: must not be set in production or with DATABASE_URL")
+        if self.redis_url is not None:
+            problems.append("REDIS_URL: is not supported yet")
+        if self.web_concurrency > 1:
+            problems.append("WEB_CONCURRENCY: must be 1, more is not supported yet")
+        if problems:
+            raise ValueError("\n".join(problems))
+        if self.demo:
+            self.database_url = f"sqlite+aiosqlite:///./demo-{os.getpid()}.db"
+        return self
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
+
+    @property
+    def sqlite_file(self) -> Path | None:
+        url = sa.make_url(self.database_url)
+        return Path(url.database or "") if url.drivername == "sqlite+aiosqlite" else None
+
+
+def load_settings() -> Settings:
+    try:
+        return Settings()
+    except UnicodeDecodeError:
+        print(".env: must be UTF-8", file=sys.stderr)
+    except ValidationError as error:
+        lines: dict[str, str] = {}
+        for problem in error.errors():
+            name = str(problem["loc"][0]).upper() if problem["loc"] else ""
+            rule = problem["msg"].removeprefix("Value error, ")
+            lines.setdefault(name, f"{name}: {rule}" if name else rule)
+        print("\n".join(lines.values()), file=sys.stderr)
+    raise SystemExit(3)  # for uvicorn this means: do not start this process again
+
+
+settings = load_settings()
+
+
+# --- Logging --------------------------------------------------------------------------------------
+# Python's own logging with one handler: lines for people or, in production, JSON for programs. No
+# line holds a query, a body, a token, a password or an email.
+
+logger = logging.getLogger("nutshell")
+log_handler = logging.StreamHandler()
+REQUEST_FIELDS = ("request_id", "method", "path", "status", "ms", "client", "user_id")
+UVICORN_SHOWS_QUERIES = ('%s - "WebSocket', "connection ", "Invalid UTF-8")
+
+
+class JSONFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname,
+            "message": record.getMessage(),
+        }
+        for name in REQUEST_FIELDS:
+            if hasattr(record, name):
+                entry[name] = getattr(record, name)
+        if record.exc_info:
+            entry["message"] += f"\n{self.formatException(record.exc_info)}"
+        return json.dumps(entry)
+
+
+def is_safe_to_log(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(UVICORN_SHOWS_QUERIES)
+
+
+def set_up_logging() -> None:
+    """Safe to call twice. At debug only the SQL is added: libraries would tell too much."""
+    text_formatter = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
+    log_handler.setFormatter(JSONFormatter() if settings.production else text_formatter)
+    root = logging.getLogger()
+    root.addHandler(log_handler)
+    root.setLevel(max(logging.INFO, getattr(logging, settings.log_level.upper())))
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers.clear()
+    logging.getLogger("uvicorn").propagate = True
+    logging.getLogger("uvicorn.error").addFilter(is_safe_to_log)
+    logging.getLogger("uvicorn.access").propagate = False  # we write a line for each request
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs parts of bodies
+    if settings.log_level == "debug":
+        logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+# Every error is `{"detail", "error_code", "request_id"}`. Routes raise APIError; the handlers bring
+# what FastAPI and the database raise into the same shape.
+
+ERROR_STATUS = {
+    "BAD_REQUEST": 400, "INVALID_CREDENTIALS": 401, "INVALID_TOKEN": 401, "TOKEN_REUSED": 401,
+    "INSUFFICIENT_PERMISSIONS": 403, "NOT_FOUND": 404, "CONFLICT": 409, "EMAIL_TAKEN": 409,
+    "BODY_TOO_LARGE": 413, "VALIDATION_ERROR": 422, "RATE_LIMITED": 429, "INTERNAL_ERROR": 500,
+    "UNAVAILABLE": 503,
+}  # fmt: skip
+ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+STATUS_NAMES = {status.value: status.name for status in HTTPStatus}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+SQLITE_UNAVAILABLE = {5, 6, 10, 13, 14}  # busy, locked, I/O error, disk full, cannot open
+POSTGRES_UNAVAILABLE = {"08", "40", "53", "55", "57", "58"}  # classes of SQLSTATE
+
+
+class APIError(HTTPException):
+    """`raise APIError("NOT_FOUND", "Post not found")`: the code decides the status."""
+
+    def __init__(self, code: str, detail: Any, headers: dict[str, str] | None = None) -> None:
+        status = ERROR_STATUS[code]
+        super().__init__(status, detail, ERROR_HEADERS.get(status, {}) | (headers or {}))
+        self.code = code
+
+
+class ErrorRead(BaseModel):
+    """What every error looks like. Of a 422 `detail` lists the fields."""
+
+    detail: str | list[dict[str, Any]]
+    error_code: str
+    request_id: str
+
+
+def errors(*statuses: int) -> Any:
+    """For /docs: the errors of a route, of all routes of a router, or of the whole app."""
+    return {code: {"model": ErrorRead, "description": HTTPStatus(code).phrase} for code in statuses}
+
+
+async def handle_http_error(request: HTTPConnection, error: Any) -> Response:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # FastAPI names the methods of one route, not of the whole path
+        scopes = [dict(request.scope, method=method) for method in METHODS]
+        routes = request.app.routes
+        fits = [s for s in scopes if any(r.matches(s)[0] is Match.FULL for r in routes)]
+        headers["Allow"] = ", ".join(scope["method"] for scope in fits)
+    body = {
+        "detail": error.detail,
+        "error_code": getattr(error, "code", STATUS_NAMES.get(error.status_code, "ERROR")),
+        "request_id": request.state.request_id,
+    }
+    # json.dumps writes ASCII: a name of a field may hold half a surrogate pair.
+    return Response(json.dumps(body), error.status_code, headers, "application/json")
+
+
+async def handle_validation_error(request: HTTPConnection, error: Any) -> Response:
+    """Says which fields are wrong and why, never the value: it may be a password."""
+    fields = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
+    if fields[0]["type"] == "json_invalid":
+        return await handle_http_error(request, APIError("BAD_REQUEST", "The body is not JSON"))
+    return await handle_http_error(request, APIError("VALIDATION_ERROR", fields))
+
+
+def is_unavailable(error: Any) -> bool:
+    """True for a lock, a lost connection or a full disk; False for a bug, such as wrong SQL."""
+    if isinstance(error, exc.TimeoutError) or getattr(error, "connection_invalidated", False):
+        return True
+    original = getattr(error, "orig", error)
+    sqlite_code = getattr(original, "sqlite_errorcode", 0) & 0xFF
+    sqlstate = getattr(original, "sqlstate", None) or ""
+    return sqlite_code in SQLITE_UNAVAILABLE or sqlstate[:2] in POSTGRES_UNAVAILABLE
+
+
+async def handle_database_error(request: HTTPConnection, error: Any) -> Response:
+    """The database keeps the rules, so that no check can race: its refusals are conflicts."""
+    if isinstance(error, (exc.IntegrityError, StaleDataError)):
+        detail = "This has changed in the meantime"
+        return await handle_http_error(request, APIError("CONFLICT", detail))
+    if not is_unavailable(error):
+        raise error
+    logger.error("the database is unavailable: %s", str(error).partition("\n")[0])
+    detail = "The database is busy, try again"
+    return await handle_http_error(request, APIError("UNAVAILABLE", detail))
+
+
+exception_handlers: dict[Any, Any] = {
+    HTTPException: handle_http_error,
+    RequestValidationError: handle_validation_error,
+    WebSocketRequestValidationError: handle_validation_error,
+    exc.SQLAlchemyError: handle_database_error,
+    sqlite3.Error: handle_database_error,
+}
+
+
+# --- Database -------------------------------------------------------------------------------------
+# SQLite takes many readers beside one writer, so it has two engines: readers, which do not wait for
+# the writer, and a writer with one connection, where requests queue instead of being "locked".
+# PostgreSQL needs one engine. What was read may be remembered until the next commit.
+
+MAX_REMEMBERED = 2_000
+MAX_REMEMBERED_BYTES = 16 * 1024 * 1024
+ANY_TABLE = "*"  # what a statement such as DELETE writes to
+START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(7361))
+
+
+class StartError(Exception):
+    """Ends the start with its text as one line."""
+
+
+def set_pragmas(connection: Any, *more: str) -> None:
+    """The timeout comes first: even the switch to WAL may have to wait for another process."""
+    pragmas = ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", *more)
+    script = ";".join(f"PRAGMA {pragma}" for pragma in pragmas)
+    connection.run_async(lambda raw: raw.executescript(script))
+
+
+def on_connect_writer(connection: Any, _: Any) -> None:
+    set_pragmas(connection, "foreign_keys=ON")
+
+
+def on_connect_reader(connection: Any, _: Any) -> None:
+    set_pragmas(connection, "query_only=ON")
+
+
+def on_begin(connection: sa.Connection) -> None:
+    """Takes the write lock before the first read, so that what was read is still true later."""
+    sqlite: Any = connection.connection.dbapi_connection
+    sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
+
+
+def on_connect_postgres(dialect: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return dialect.connect(*args, **kwargs)
+    except OSError as error:  # no server listens there, or it does not answer in time
+        logger.error("the database cannot be reached: %s", type(error).__name__)
+        raise APIError("UNAVAILABLE", "The database cannot be reached, try again") from error
+
+
+options: dict[str, Any] = {"pool_timeout": 5, "hide_parameters": True}
+if settings.sqlite_file:
+    # AUTOCOMMIT: there is no transaction but the one that on_begin begins.
+    options |= {"max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
+    write_engine = create_async_engine(settings.database_url, pool_size=1, **options)
+    options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves time
+    read_engine = create_async_engine(settings.database_url, pool_size=2, **options)
+    sa.event.listen(write_engine.sync_engine, "connect", on_connect_writer)
+    sa.event.listen(write_engine.sync_engine, "begin", on_begin)
+    sa.event.listen(read_engine.sync_engine, "connect", on_connect_reader)
+else:
+    timeouts = {"lock_timeout": "5000", "statement_timeout": "5000"}
+    options |= {"connect_args": {"timeout": 5, "server_settings": timeouts}, "pool_pre_ping": True}
+    write_engine = create_async_engine(settings.database_url, **options)
+    read_engine = write_engine.execution_options(postgresql_readonly=True)
+    sa.event.listen(write_engine.sync_engine, "do_connect", on_connect_postgres)
+
+
+class Generation:
+    """A random value that each commit replaces: what was remembered under another one is void.
+    None where others may write to the database unseen: then nothing is remembered."""
+
+    def __init__(self) -> None:
+        self.value = secrets.token_hex(8)
+        alone = settings.web_concurrency == 1 and parent_process() is None
+        self.is_known = bool(settings.sqlite_file) and alone and settings.cache_seconds > 0
+
+    async def get(self) -> str | None:
+        return self.value if self.is_known else None
+
+    async def renew(self) -> None:
+        self.value = secrets.token_hex(8)
+
+
+memories: list["Memory"] = []
+
+
+class Memory:
+    """Remembers what was read until a commit, or for CACHE_SECONDS. Commits to the tables that it
+    is independent of do not count."""
+
+    def __init__(self, independent_of: frozenset[str] = frozenset()) -> None:
+        self.independent_of = independent_of
+        self.generation = Generation()
+        self.clear(None)
+        memories.append(self)
+
+    def clear(self, generation: str | None) -> None:
+        self.current = generation
+        self.entries: dict[Any, Any] = {}
+        self.bytes = 0
+        self.expires = perf_counter() + settings.cache_seconds
+
+    async def get(self, key: Any) -> tuple[str | None, Any]:
+        """The generation, and what is remembered under this key."""
+        generation = await self.generation.get()
+        if generation != self.current or perf_counter() > self.expires:
+            self.clear(generation)
+        return generation, self.entries.get(key)
+
+    def keep(self, key: Any, value: Any, size: int, generation: str | None) -> None:
+        """Remembers what was read after `get` had returned this generation."""
+        if generation is None or generation != self.current or size > MAX_REMEMBERED_BYTES:
+            return
+        if len(self.entries) >= MAX_REMEMBERED or self.bytes + size > MAX_REMEMBERED_BYTES:
+            self.clear(generation)
+        self.entries[key] = value
+        self.bytes += size
+
+
+@sa.event.listens_for(Session, "after_flush")
+def on_flush(session: Session, _: Any) -> None:
+    """Notes the tables that were written to."""
+    for row in (*session.new, *session.dirty, *session.deleted):
+        session.info.setdefault("written", set()).add(row.__tablename__)
+
+
+@sa.event.listens_for(Session, "do_orm_execute")
+def on_execute(state: Any) -> None:
+    if not state.is_select:
+        state.session.info.setdefault("written", set()).add(ANY_TABLE)
+
+
+class DatabaseSession(AsyncSession):
+    """An AsyncSession whose commit makes what was remembered unknown."""
+
+    async def commit(self) -> None:
+        try:
+            await super().commit()
+        finally:  # a commit that raised may have been one nevertheless
+            written = self.info.pop("written", {ANY_TABLE})
+            for memory in memories:
+                if not written <= memory.independent_of:
+                    await memory.generation.renew()
+
+
+async def get_read_session() -> AsyncIterator[AsyncSession]:
+    session = DatabaseSession(read_engine, expire_on_commit=False)
+    try:
+        yield session
+    finally:
+        if session.in_transaction():
+            await session.close()
+
+
+async def get_write_session() -> AsyncIterator[AsyncSession]:
+    """Waits for the writer at its first statement. What was not committed is undone."""
+    async with DatabaseSession(write_engine, expire_on_commit=False) as session:
+        yield session
+
+
+# With scope "function" a connection is free when the route returns, before the answer is sent.
+ReadSession = Annotated[AsyncSession, Depends(get_read_session, scope="function")]
+WriteSession = Annotated[AsyncSession, Depends(get_write_session, scope="function")]
+
+
+@asynccontextmanager
+async def prepare_database() -> AsyncIterator[AsyncSession]:
+    """A session for the start. Processes that start together enter one after the other."""
+    async with DatabaseSession(write_engine, expire_on_commit=False) as session:
+        await session.exec(START_LOCK)
+        yield session
+        await session.commit()
+
+
+def make_tables(connection: sa.Connection) -> None:
+    """Makes tables that are missing. One that lacks a column is not changed but refused."""
+    SQLModel.metadata.create_all(connection)
+    for table in SQLModel.metadata.sorted_tables:
+        found = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in found:
+                problem = f'table "{table.name}" has no column "{column.name}"'
+                raise StartError(f"DATABASE_URL: {problem}. README says how to change a table")
+
+
+@asynccontextmanager
+async def database_lifespan() -> AsyncIterator[None]:
+    if settings.sqlite_file and not settings.sqlite_file.exists():
+        settings.sqlite_file.touch(mode=0o600)
+    async with prepare_database() as session:
+        await (await session.connection()).run_sync(make_tables)
+    yield
+    await read_engine.dispose()
+    await write_engine.dispose()
+
+
+# --- Schemas --------------------------------------------------------------------------------------
+# What tables and bodies have in common: ids, times, bodies that refuse unknown fields.
+
+Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
+OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
+
+
+class TableBase(SQLModel):
+    __table_args__: Any = {"sqlite_autoincrement": True}  # no id is used again
+
+    id: int = Field(default=None, primary_key=True)
+    created_at: datetime = Field(default_factory=utc_now)
+
+
+class StrictBody(SQLModel):
+    """A JSON body. Unknown fields are refused, so that nobody sets what is not theirs."""
+
+    model_config = {"extra": "forbid"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_number_of_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 50:  # to refuse each one would take seconds
+            raise ValueError("has too many fields")
+        return value
+
+
+# --- Application ----------------------------------------------------------------------------------
+# The app, and what every request passes. This is all that it knows of the chapters below:
+#
+#   1. Start and stop   `lifespans`: Passwords, Accounts, Users, Mail and Demo append theirs.
+#   2. What happened    `await announce(kind, schema)` after a commit calls each of the `listeners`:
+#                       Live events and Mail.
+#   3. Each request     `app.user_middleware`, in this order: RequestMiddleware and CORS,
+#                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
+#   4. Shared stores    `limiter.store`, `hub.bus`, `memory.generation` may be replaced.
+#
+# Chapters also add their paths to `body_limits` and `path_limits`, and lines to `notices`.
+
+MAX_BODY_BYTES = 256 * 1024
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
+RESPONSE_HEADERS = "ETag, Location, Retry-After, RateLimit, RateLimit-Policy"
+RESPONSE_HEADERS += ", X-Request-ID, X-Process-Time, X-Cache"
+UserEvent = Literal["user.registered", "user.invited"]
+PostEvent = Literal["post.published", "post.updated", "post.deleted"]
+CommentEvent = Literal["comment.created", "comment.deleted"]
+EventKind = UserEvent | PostEvent | CommentEvent
+
+body_limits: dict[str, int] = {}  # by the beginning of a path
+lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = [database_lifespan]
+listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
+notices: list[str] = []  # shown at the start and on the page
+
+
+async def announce(kind: EventKind, subject: SQLModel) -> None:
+    """Tells the listeners what has been committed. The subject is an outgoing schema."""
+    for listener in listeners:
+        await listener(kind, subject)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    set_up_logging()
+    async with AsyncExitStack() as stack:
+        for enter in lifespans:
+            await stack.enter_async_context(enter())
+        yield
+
+
+async def send_start(send: Send, message: Message) -> None:
+    """A StartError is shown as one line, without its traceback."""
+    error = sys.exception()
+    if message["type"] == "lifespan.startup.failed" and isinstance(error, StartError):
+        message["message"] = str(error)
+    await send(message)
+
+
+def add_state(scope: Scope) -> dict[str, Any]:
+    """What chapters want to know of a request, and the headers that they add to its answer."""
+    headers = dict(scope["headers"])
+    sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
+    request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
+    root_path = scope.get("root_path", "")
+    is_below = scope["path"].startswith(f"{root_path}/")
+    state: dict[str, Any] = scope.setdefault("state", {})
+    state["request_id"] = request_id
+    state["path"] = scope["path"].removeprefix(root_path) if is_below else scope["path"]
+    state["client"] = scope["client"][0] if scope.get("client") else ""
+    state["status"] = 0
+    state["request_headers"] = headers
+    state["response_headers"] = {
+        b"x-content-type-options": b"nosniff",
+        b"x-request-id": request_id.encode(),
+    }
+    return state
+
+
+def limit_body(scope: Scope, receive: Receive) -> Receive:
+    """The body, or an error as soon as it is too large."""
+    path = scope["state"]["path"]
+    limits = [limit for start, limit in body_limits.items() if path.startswith(start)]
+    limit = min(limits, default=MAX_BODY_BYTES)
+    size = 0
+
+    def check(size: int) -> None:
+        if size > limit:
+            raise APIError("BODY_TOO_LARGE", f"The body is larger than {limit // 1024} KiB")
+
+    async def receive_limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        check(size)
+        return message
+
+    check(int(scope["state"]["request_headers"].get(b"content-length", 0)))
+    return receive_limited
+
+
+async def answer_uncaught(scope: Scope, error: BaseException) -> Response:
+    if isinstance(error, asyncio.CancelledError):  # a stop has waited long enough
+        error = APIError("UNAVAILABLE", "The service is stopping, try again")
+    elif not isinstance(error, APIError):
+        logger.exception("request %s failed", scope["state"]["request_id"])
+        error = APIError("INTERNAL_ERROR", "This is our mistake: the log has its traceback")
+    return await handle_http_error(HTTPConnection(scope), error)
+
+
+def log_request(scope: Scope, seconds: float) -> None:
+    state = scope["state"]
+    fields = {
+        "request_id": state["request_id"],
+        "method": scope.get("method", "WEBSOCKET"),
+        "path": quote(scope["path"][:200]),  # quoted, so that one line never looks like two
+        "status": state["status"],
+        "ms": round(seconds * 1000, 1),
+        "client": quote(state["client"][:50], safe=":"),
+        "user_id": state.get("user_id"),
+    }
+    line = "%(method)s %(path)s %(status)s %(ms)s ms %(client)s user=%(user_id)s %(request_id)s"
+    logger.info(line, fields, extra=fields)
+
+
+class RequestMiddleware:
+    """Gives each request an id, its headers and a line in the log, limits its body, and answers
+    for what nobody caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.cors = CORSMiddleware(
+            self.respond,
+            allow_origins=settings.cors_origins,
+            allow_credentials="*" not in settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=REQUEST_HEADERS.split(", "),
+            expose_headers=RESPONSE_HEADERS.split(", "),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, partial(send_start, send))
+        started = perf_counter()
+        state = add_state(scope)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"].endswith("http.response.start"):
+                state["status"] = message["status"]
+                headers = message["headers"]
+                if b"authorization" in state["request_headers"]:  # no cache keeps what is private
+                    headers = [pair for pair in headers if pair[0].lower() != b"cache-control"]
+                    headers.append((b"cache-control", b"private, no-store"))
+                seconds = b"%.4f" % (perf_counter() - started)
+                added = state["response_headers"].items()
+                message["headers"] = [*headers, *added, (b"x-process-time", seconds)]
+            elif message["type"] == "websocket.accept":
+                state["status"] = 101
+            await send(message)
+
+        try:  # CORS takes time, and says nothing to a request without an Origin
+            handler = self.cors if b"origin" in state["request_headers"] else self.respond
+            await handler(scope, receive, send_with_headers)
+        finally:
+            if logger.isEnabledFor(logging.INFO):
+                log_request(scope, perf_counter() - started)
+
+    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Inside of CORS, so that errors have its headers too."""
+        try:
+            await self.app(scope, limit_body(scope, receive), send)
+        except (Exception, asyncio.CancelledError) as error:
+            if not scope["state"]["status"]:  # no answer has begun
+                response = await answer_uncaught(scope, error)
+                await response(scope, receive, send)
+            elif not isinstance(error, asyncio.CancelledError):
+                raise  # half an answer: the server logs the error and hangs up
+            elif scope["type"] == "http":  # a stop ends a stream
+                await send({"type": "http.response.body"})
+
+
+with_telemetry = settings.otel_exporter_otlp_endpoint is not None
+app = FastAPI(
+    title="Nutshell",
+    summary="A complete API service in one file",
+    lifespan=lifespan,
+    docs_url=None,
+    redoc_url=None,
+    openapi_url=None if settings.production else "/openapi.json",
+    redirect_slashes=False,  # the redirect would repeat the Host that the client sent
+    generate_unique_id_function=lambda route: route.name,
+    responses=errors(400, 413, 500, 503),
+    telemetry={"tracing": with_telemetry, "metrics": with_telemetry, "logs": with_telemetry},
+    middleware=[Middleware(RequestMiddleware)],
+    exception_handlers=exception_handlers,
+)
+
+
+async def ping_database() -> None:
+    async with DatabaseSession(read_engine) as session:
+        await session.exec(select(1))
+
+
+@app.head("/health", include_in_schema=False)
+@app.get("/health", tags=["health"])
+async def get_health() -> dict[str, str]:
+    """Does the database answer within a second?"""
+    try:  # a statement that hangs cannot be cancelled: it is left behind
+        await asyncio.wait_for(asyncio.shield(ping_database()), 1)
+    except TimeoutError:
+        raise APIError("UNAVAILABLE", "The database does not answer") from None
+    return {"status": "healthy"}
+
+
+# --- Docs -----------------------------------------------------------------------------------------
+# Swagger UI, with its files from a package, so that it works without a network.
+
+
+async def get_docs() -> HTMLResponse:
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="Nutshell",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="docs/favicon-32x32.png",
+    )
+
+
+if not settings.production:
+    app.add_api_route("/docs", get_docs, include_in_schema=False)
+    app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
+
+
+# --- Rate limiter ---------------------------------------------------------------------------------
+# Each client has so many requests in a window of time, which opens at the first of them. At the
+# edge of two windows twice as many may pass: the price of a count that needs no history.
+
+SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
+MAX_WINDOWS = 20_000
+
+
+class Limit(NamedTuple):
+    name: str
+    quota: int
+    seconds: int
+
+
+def make_limit(name: str, rate: str, times: int = 1) -> Limit | None:
+    if rate == "off":
+        return None
+    number, _, unit = rate.partition("/")
+    return Limit(name, int(number) * times, SECONDS[unit])
+
+
+DEFAULT_LIMIT = make_limit("default", settings.rate_limit)
+AUTH_LIMIT = make_limit("auth", settings.auth_rate_limit)  # by address
+EMAIL_LIMIT = make_limit("auth", settings.auth_rate_limit, times=10)  # by email
+path_limits: dict[str, Limit | None] = {"/health": None, "/openapi.json": None, "/docs": None}
+
+
+class WindowStore:
+    """Two dictionaries take turns: when one is full or an hour old, the older one is dropped."""
+
+    def __init__(self) -> None:
+        self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
+        self.old: dict[str, tuple[int, float]] = {}
+        self.turn = 0.0
+
+    async def hit(self, key: str, seconds: int) -> tuple[int, float]:
+        """Counts one more: how many so far, and the seconds until the window ends."""
+        now = perf_counter()
+        if now >= self.turn or len(self.new) >= MAX_WINDOWS:
+            self.old = self.new
+            self.new = {}
+            self.turn = now + 3_600
+        count, end = self.new.get(key) or self.old.get(key) or (0, now)
+        if now >= end:
+            count = 0
+            end = now + seconds
+        self.new[key] = (count + 1, end)
+        return count + 1, end - now
+
+
+class Limiter:
+    def __init__(self) -> None:
+        self.store = WindowStore()
+
+    async def check(self, limit: Limit | None, key: str, state: dict[str, Any]) -> None:
+        """Counts a request, tells the client where it stands, and refuses what is too much."""
+        if limit is None:
+            return
+        name, quota, seconds = limit
+        count, left = await self.store.hit(f"{name}:{quota}:{key}", seconds)
+        wait = max(1, ceil(left))
+        headers = state["response_headers"]
+        if count > quota or b"ratelimit" not in headers:
+            headers[b"ratelimit-policy"] = f'"{name}";q={quota};w={seconds}'.encode()
+            headers[b"ratelimit"] = f'"{name}";r={max(0, quota - count)};t={wait}'.encode()
+        if count > quota:
+            detail = f"Too many requests, try again in {wait} s"
+            raise APIError("RATE_LIMITED", detail, {"Retry-After": str(wait)})
+
+
+limiter = Limiter()
+
+
+@lru_cache(1_000)
+def client_key(address: str) -> str:
+    """IPv6 by the /64 that one customer has, IPv4 as such however it comes, all else as one."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is None:
+        return ip.packed[:8].hex()
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
+
+
+class RateLimitMiddleware:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            state = scope["state"]
+            limit = path_limits.get(state["path"], DEFAULT_LIMIT)
+            if not state["path"].startswith("/docs/"):
+                await limiter.check(limit, client_key(state["client"]), state)
+        await self.app(scope, receive, send)
+
+
+app.user_middleware.append(Middleware(RateLimitMiddleware))
+
+
+# --- Passwords and tokens -------------------------------------------------------------------------
+# Passwords become bcrypt hashes, in threads and never while a connection is held: one takes 0.2 s.
+# Tokens are JWTs, signed with HS256 and no other algorithm.
+
+MAX_WAITING_PASSWORDS = 64
+MAX_TOKEN_LENGTH = 4_096
+# Costs what a real hash costs, and no password fits it.
+DECOY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
+hashing_threads = anyio.CapacityLimiter(os.cpu_count() or 1)
+TokenType = Literal["access", "refresh"]
+Result = TypeVar("Result", str, bytes, bool)
+
+
+async def run_bcrypt(work: Callable[[bytes, bytes], Result], password: str, salt: str) -> Result:
+    """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
+    if hashing_threads.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
+        raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
+    digest = base64.b64encode(hashlib.sha256(password.encode()).digest())
+    return await anyio.to_thread.run_sync(work, digest, salt.encode(), limiter=hashing_threads)
+
+
+async def hash_password(password: str) -> str:
+    salt = bcrypt.gensalt(settings.bcrypt_rounds).decode()
+    return (await run_bcrypt(bcrypt.hashpw, password, salt)).decode()
+
+
+async def verify_password(password: str, hashed_password: str) -> bool:
+    return await run_bcrypt(bcrypt.checkpw, password, hashed_password)
+
+
+def read_or_make_secret(file: Path) -> bytes:
+    if not file.exists():
+        file.touch(mode=0o600)
+    if not file.read_bytes():
+        file.write_text(secrets.token_urlsafe(48))
+    return file.read_bytes().strip()
+
+
+@cache
+def get_signing_key() -> Any:
+    secret = settings.secret_key or read_or_make_secret(Path(f"{settings.sqlite_file}.key"))
+    if len(secret) < 32:
+        raise StartError("SECRET_KEY: its file beside the database has less than 32 bytes")
+    encoded = base64.urlsafe_b64encode(secret).decode()
+    return jwk.construct({"kty": "oct", "k": encoded}, "HS256")
+
+
+@asynccontextmanager
+async def signing_key_lifespan() -> AsyncIterator[None]:
+    async with prepare_database():  # of processes that start together the first one makes it
+        get_signing_key()
+    yield
+
+
+lifespans.append(signing_key_lifespan)
+
+
+class TokenClaims(BaseModel):
+    """What every token must say."""
+
+    sub: int  # JSON has it as a text
+    sid: str
+    jti: str
+    type: TokenType
+    iat: int
+    exp: int
+
+
+def create_token(claims: dict[str, Any]) -> str:
+    return str(jwt.encode(claims, get_signing_key(), "HS256"))
+
+
+def decode_token(token: str, kind: TokenType) -> TokenClaims:
+    """Whatever is wrong with it, the answer is the same."""
+    try:
+        if len(token) > MAX_TOKEN_LENGTH:
+            raise ValueError("too long")
+        claims = TokenClaims.model_validate(jwt.decode(token, get_signing_key(), ["HS256"]))
+        if claims.type != kind:
+            raise ValueError("another type")
+    except Exception:  # python-jose lets errors of all kinds escape
+        raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked") from None
+    return claims
+
+
+# --- Accounts -------------------------------------------------------------------------------------
+# Users and their logins. A token names its login session, and is worth something only while the
+# row of that session and its active user are there.
+
+REFRESH_GRACE = timedelta(seconds=10)  # for answers that were lost, and for second tabs
+Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
+Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]
+Bio = Annotated[str | None, Field(max_length=2_000), NO_NUL]
+WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
+AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress]
+Role = Literal["user", "admin"]
+
+
+class UserBase(StrictBody):
+    first_name: Name = None
+    last_name: Name = None
+    age: Age = None
+
+
+class UserCreate(UserBase):
+    email: Email
+    password: Password
+
+
+class User(UserBase, TableBase, table=True):
+    email: Email = Field(unique=True)
+    hashed_password: str
+    bio: Bio = None
+    avatar_url: AvatarUrl = None
+    role: Role = Field(default="user", sa_type=AutoString)
+    is_active: bool = True
+    updated_at: datetime = Field(default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now})
+
+    @property
+    def full_name(self) -> str:
+        names = [name for name in (self.first_name, self.last_name) if name]
+        return " ".join(names) or f"user {self.id}"
+
+    @property
+    def is_superuser(self) -> bool:
+        return self.role == "admin"
+
+
+class Author(SQLModel):
+    id: int
+    full_name: str
+
+
+class UserPublic(Author):
+    """What everybody who is signed in may see of a user."""
+
+    bio: Bio
+    avatar_url: AvatarUrl
+    created_at: datetime
+
+
+class UserRead(UserPublic):
+    """What only the user and superusers may see. Frozen: it is a value, and changes no row."""
+
+    model_config = {"frozen": True}
+
+    email: str
+    first_name: Name
+    last_name: Name
+    age: Age
+    role: Role
+    is_superuser: bool
+    is_active: bool
+    updated_at: datetime
+
+
+class LoginSession(SQLModel, table=True):
+    """One login. Each refresh replaces `refresh_jti` and keeps the one before it."""
+
+    id: str = Field(default_factory=secrets.token_urlsafe, primary_key=True)
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    refresh_jti: str = Field(default_factory=secrets.token_urlsafe)
+    previous_jti: str | None = None
+    refreshed_at: datetime = Field(default_factory=utc_now)
+    expires_at: datetime
+
+
+class Token(BaseModel):
+    access_token: str
+    refresh_token: str
+    token_type: Literal["bearer"] = "bearer"  # noqa: S105
+    expires_in: int
+
+
+class TokenBearer(OAuth2PasswordBearer):
+    """The token of a request, or of a WebSocket's handshake. None if none is sent."""
+
+    async def __call__(self, request: HTTPConnection) -> str | None:
+        header = request.headers.get("Authorization")
+        protocols = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+        if header is None and protocols[0] == "bearer":  # how a browser sends it
+            return protocols[-1].strip()
+        if header is None:
+            return None
+        scheme, _, token = header.partition(" ")
+        return token if scheme.lower() == "bearer" else ""
+
+
+BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
+ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
+identities = Memory(independent_of=frozenset({"post", "comment"}))
+USER_OF_TOKEN = (
+    select(User)
+    .join(LoginSession, col(LoginSession.user_id) == User.id)
+    .where(LoginSession.id == sa.bindparam("sid"), User.id == sa.bindparam("sub"), User.is_active)
+)
+
+
+async def find_user_of_token(session: AsyncSession, claims: TokenClaims) -> User:
+    """The user of a token, while they are active and its login session is there."""
+    ids = {"sid": claims.sid, "sub": claims.sub}
+    user = (await session.exec(USER_OF_TOKEN, params=ids)).first()
+    if user is None:
+        raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked")
+    return user
+
+
+async def get_optional_user(
+    request: HTTPConnection, token: BearerToken, session: ReadSession
+) -> UserRead | None:
+    """None without a token. One that is sent must be good."""
+    if token is None:
+        return None
+    claims = decode_token(token, "access")
+    key = (claims.sid, claims.sub)
+    generation, user = await identities.get(key)
+    if user is None:
+        user = UserRead.model_validate(await find_user_of_token(session, claims))
+        await session.close()  # who waits for the writer, or for a hash, must hold no connection
+        identities.keep(key, user, 5_000, generation)
+    request.state.user_id = claims.sub  # for the log
+    return cast(UserRead, user)
+
+
+OptionalUser = Annotated[UserRead | None, Depends(get_optional_user)]
+
+
+async def get_current_user(user: OptionalUser) -> UserRead:
+    if user is None:
+        raise APIError("INVALID_TOKEN", "Not signed in: send Authorization: Bearer …")
+    return user
+
+
+CurrentUser = Annotated[UserRead, Depends(get_current_user)]
+
+
+async def commit_user(session: AsyncSession) -> None:
+    """Of two who want one email at once, the database decides."""
+    try:
+        await session.commit()
+    except exc.IntegrityError:
+        raise APIError("EMAIL_TAKEN", "There is an account with this email") from None
+
+
+async def limit_email(email: str, request: Request) -> str:
+    """Counts one more guess of this account's password. The digest is what the log shows of it."""
+    digest = hashlib.sha256(email.encode()).hexdigest()[:16]
+    await limiter.check(EMAIL_LIMIT, digest, request.scope["state"])
+    return digest
+
+
+async def add_user(session: AsyncSession, body: UserCreate, hashed_password: str) -> UserRead:
+    user = User.model_validate(body, update={"hashed_password": hashed_password})
+    session.add(user)
+    await commit_user(session)
+    return UserRead.model_validate(user)
+
+
+async def authenticate(
+    email: str, password: str, request: Request, read_session: AsyncSession, session: AsyncSession
+) -> User:
+    """The user with this email and password. What is wrong shows neither in the text nor in the
+    time that it takes."""
+    try:
+        email = normalize_email(email)
+    except ValueError:
+        email = ""  # nobody has it
+    digest = await limit_email(email, request)
+    found = (await read_session.exec(select(User).where(User.email == email))).first()
+    await read_session.close()  # hashing takes a while: others need the connection
+    hashed_password = found.hashed_password if found else DECOY_HASH
+    is_correct = await verify_password(password, hashed_password)
+    user = await session.get(User, found.id, with_for_update=True) if found else None
+    if not user or not is_correct or user.hashed_password != hashed_password or not user.is_active:
+        logger.info("failed to sign in: email %s", digest)
+        raise APIError("INVALID_CREDENTIALS", "Wrong email or password")
+    return user
+
+
+async def open_login_session(session: AsyncSession, user: User) -> LoginSession:
+    expired = col(LoginSession.expires_at) < utc_now()
+    await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user.id, expired))
+    expires_at = utc_now() + timedelta(days=settings.refresh_token_expire_days)
+    login_session = LoginSession(user_id=user.id, expires_at=expires_at)
+    session.add(login_session)
+    await session.commit()
+    logger.info("user %s signed in", user.id)
+    return login_session
+
+
+def create_tokens(login_session: LoginSession, response: Response) -> Token:
+    """The refresh token follows from the row alone: two who ask at once get the same one."""
+    response.headers["Cache-Control"] = "no-store"
+    now = int(utc_now().timestamp())
+    end = int(login_session.expires_at.timestamp())
+    expires = min(end, now + settings.access_token_expire_minutes * 60)
+    names = {"sub": str(login_session.user_id), "sid": login_session.id}
+    access = {"jti": secrets.token_urlsafe(), "type": "access", "iat": now, "exp": expires}
+    since = int(login_session.refreshed_at.timestamp())
+    refresh = {"jti": login_session.refresh_jti, "type": "refresh", "iat": since, "exp": end}
+    return Token(
+        access_token=create_token(names | access),
+        refresh_token=create_token(names | refresh),
+        expires_in=expires - now,
+    )
+
+
+auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422, 429))
+path_limits[f"{API}/auth/register"] = AUTH_LIMIT
+path_limits[f"{API}/auth/login"] = AUTH_LIMIT
+body_limits[f"{API}/auth/"] = 16 * 1024
+
+
+@auth.post("/register", status_code=201, responses=errors(403, 409))
+async def register(body: UserCreate, session: WriteSession) -> UserRead:
+    """Make yourself an account."""
+    if settings.registration == "closed":
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
+    user = await add_user(session, body, await hash_password(body.password))
+    await announce("user.registered", user)
+    return user
+
+
+@auth.post("/login", responses=errors(401))
+async def login(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()],
+    request: Request,
+    response: Response,
+    read_session: ReadSession,
+    session: WriteSession,
+) -> Token:
+    """Sign in: send the email as `username`."""
+    user = await authenticate(form.username, form.password, request, read_session, session)
+    return create_tokens(await open_login_session(session, user), response)
+
+
+@auth.post("/refresh", responses=errors(401))
+async def refresh(
+    refresh_token: Annotated[str, Form()], session: WriteSession, response: Response
+) -> Token:
+    """Exchange a refresh token for new ones. One used over 10 s ago ends the session."""
+    claims = decode_token(refresh_token, "refresh")
+    now = utc_now()
+    this = col(LoginSession.id) == claims.sid
+    # The database decides who comes first: the request that still finds its jti replaces it.
+    await session.exec(
+        sa.update(LoginSession)
+        .where(this, col(LoginSession.refresh_jti) == claims.jti)
+        .values(refresh_jti=secrets.token_urlsafe(), previous_jti=claims.jti, refreshed_at=now)
+    )
+    user = await find_user_of_token(session, claims)
+    login_session = (await session.exec(select(LoginSession).where(this))).one()
+    is_in_time = now - login_session.refreshed_at <= REFRESH_GRACE
+    if login_session.previous_jti != claims.jti or not is_in_time:
+        await session.exec(sa.delete(LoginSession).where(this))
+        await session.commit()
+        logger.warning("user %s: a used refresh token came again, session ended", user.id)
+        raise APIError("TOKEN_REUSED", "This refresh token was used before: sign in again")
+    await session.commit()
+    return create_tokens(login_session, response)
+
+
+@auth.post("/logout", status_code=204, responses=errors(401))
+async def logout(
+    me: CurrentUser, token: BearerToken, session: WriteSession, everywhere: bool = False
+) -> None:
+    """End this session, or all of yours."""
+    condition = col(LoginSession.user_id) == me.id
+    if not everywhere:
+        condition &= col(LoginSession.id) == decode_token(token or "", "access").sid
+    await session.exec(sa.delete(LoginSession).where(condition))
+    await session.commit()
+
+
+@asynccontextmanager
+async def login_sessions_lifespan() -> AsyncIterator[None]:
+    async with prepare_database() as session:
+        await session.exec(sa.delete(LoginSession).where(col(LoginSession.expires_at) < utc_now()))
+    yield
+
+
+lifespans.append(login_sessions_lifespan)
+app.include_router(auth)
+
+
+@app.get(f"{API}/users/me", tags=["users"], responses=errors(401, 429))
+async def get_me(me: CurrentUser) -> UserRead:
+    """Yourself."""
+    return me
+
+
+# --- Posts ----------------------------------------------------------------------------------------
+# Everything about posts. Drafts are visible only to their author and to superusers. What happens to
+# a published post is announced after the commit.
+
+Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
+Content = Annotated[str, Field(max_length=20_000), NotBlank, Examples(["They hum."])]
+Item = TypeVar("Item", bound=BaseModel)
+Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
+
+
+class PostCreate(StrictBody):
+    title: Title
+    content: Content
+    is_published: StrictBool = False
+
+
+class PostUpdate(StrictBody):
+    """Only the fields that are sent change. A version that is sent must be the current one."""
+
+    model_config = {"json_schema_extra": {"example": {"title": "Bees", "content": "They dance."}}}
+
+    title: Title = Field(default="")
+    content: Content = Field(default="")
+    version: StrictInt | None = None
+
+
+class Post(PostCreate, TableBase, table=True):
+    # Each list has an index for its filter and its order.
+    __table_args__: Any = (
+        sa.Index("ix_post_is_published", "is_published"),
+        sa.Index("ix_post_author", "is_published", "author_id"),
+        sa.Index("ix_post_author_id", "author_id"),
+        sa.Index("ix_post_created_at", "is_published", "created_at"),
+        sa.Index("ix_post_updated_at", "is_published", "updated_at"),
+        sa.Index("ix_post_title", "is_published", "title"),
+        {"sqlite_autoincrement": True},
+    )
+    __mapper_args__ = {"version_id_col": sa.Column("version", sa.Integer, nullable=False)}
+
+    is_published: bool = False
+    version: int = Field(default=None, sa_column=__mapper_args__["version_id_col"])
+    updated_at: datetime = Field(default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now})
+    author_id: int = Field(foreign_key="user.id", ondelete="CASCADE")
+    author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
+
+
+class PostRead(PostCreate):
+    id: int
+    is_published: bool
+    version: int
+    author: Author
+    created_at: datetime
+    updated_at: datetime
+
+
+class PostDeleted(SQLModel):
+    id: int
+
+
+def parse_time(value: str, time_of_day: time = time.min) -> datetime:
+    """A time, or a date at this time of the day. UTC where no zone is given."""
+    try:
+        return datetime.combine(date.fromisoformat(value), time_of_day, UTC)
+    except ValueError:
+        pass  # it is not a date alone
+    try:
+        parsed = datetime.fromisoformat(value)
+        return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a date or a time in the years 1 to 9999") from None
+
+
+class PageQuery(BaseModel):
+    page: int = Field(default=1, ge=1)
+    size: int = Field(default=20, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def check_depth(self) -> Self:
+        if self.page * self.size > 10_000:  # OFFSET reads all rows that it skips
+            raise ValueError("page * size must be at most 10000")
+        return self
+
+
+class Page(BaseModel, Generic[Item]):
+    items: list[Item]
+    total: int | None = None
+    page: int | None = None
+    size: int
+    pages: int | None = None
+
+
+async def paginate(
+    session: AsyncSession,
+    statement: Any,
+    order: tuple[Any, ...],
+    query: PageQuery,
+    model: type[Item],
+    count: Any = None,
+) -> Page[Item]:
+    """One page of what the statement selects. The database sorts ids, which are small, and then
+    reads the rows of this page alone."""
+    table = statement.column_descriptions[0]["entity"]
+    if count is None:
+        count = statement.with_only_columns(func.count())
+    total = (await session.exec(count)).one()
+    offset = (query.page - 1) * query.size
+    items: list[Item] = []
+    if offset < total:
+        ids = statement.with_only_columns(table.id).order_by(*order)
+        ids = ids.offset(offset).limit(query.size)
+        rows = await session.exec(select(table).where(table.id.in_(ids)).order_by(*order))
+        items = [model.model_validate(row) for row in rows]
+    pages = ceil(total / query.size)
+    return Page(items=items, total=total, page=query.page, size=query.size, pages=pages)
+
+
+class PostQuery(PageQuery):
+    author: Annotated[str, StringConstraints(max_length=100), NO_NUL] = ""
+    min_date: Annotated[datetime | None, BeforeValidator(parse_time, str)] = None
+    max_date: Annotated[
+        datetime | None, BeforeValidator(partial(parse_time, time_of_day=time.max), str)
+    ] = None
+    sort: Sort | None = None
+    before: Id | None = None
+
+    @model_validator(mode="after")
+    def check_before(self) -> Self:
+        if self.before and self.model_fields_set & {"page", "sort"}:
+            raise ValueError("before goes with neither page nor sort")
+        return self
+
+
+POST_BY_ID = select(Post).where(Post.id == sa.bindparam("post_id"))
+ALL_POSTS = select(func.count()).select_from(Post).scalar_subquery()
+DRAFTS = select(func.count()).where(~col(Post.is_published)).scalar_subquery()
+COUNT_PUBLISHED = select(ALL_POSTS - DRAFTS)  # faster than to count the published ones
+
+
+def may_change(me: UserRead | None, author_id: int) -> bool:
+    return me is not None and (me.is_superuser or me.id == author_id)
+
+
+async def find_post(
+    session: AsyncSession, post_id: int, me: UserRead | None, statement: Any = POST_BY_ID
+) -> Post:
+    """Drafts are visible only to their author and to superusers."""
+    post: Post | None = (await session.exec(statement, params={"post_id": post_id})).first()
+    if post is None or not (post.is_published or may_change(me, post.author_id)):
+        raise APIError("NOT_FOUND", "Post not found")
+    return post
+
+
+async def get_visible_post(post_id: Id, me: OptionalUser, session: ReadSession) -> Post:
+    return await find_post(session, post_id, me)
+
+
+async def get_post_to_change(post_id: Id, me: CurrentUser, session: WriteSession) -> Post:
+    """Visible to the user, and locked until the commit."""
+    return await find_post(session, post_id, me, POST_BY_ID.with_for_update(of=Post))
+
+
+VisiblePost = Annotated[Post, Depends(get_visible_post)]
+PostToChange = Annotated[Post, Depends(get_post_to_change)]
+
+
+async def get_own_post(post: PostToChange, me: CurrentUser) -> Post:
+    if not may_change(me, post.author_id):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This post is somebody else's")
+    return post
+
+
+OwnPost = Annotated[Post, Depends(get_own_post)]
+
+
+async def announce_post(kind: EventKind, post: Post, subject: SQLModel | None = None) -> None:
+    """What happens to drafts is no news."""
+    if post.is_published:
+        await announce(kind, subject or PostRead.model_validate(post))
+
+
+posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
+
+
+@posts.get("", openapi_extra=ANONYMOUS_TOO)
+async def list_posts(
+    query: Annotated[PostQuery, Query()], me: OptionalUser, session: ReadSession
+) -> Page[PostRead]:
+    """Published posts, newest first. `before` reads on from a post, fast however many there are."""
+    statement = select(Post).where(Post.is_published)
+    if query.author:
+        names = [col(User.first_name), col(User.last_name)]
+        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
+        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
+    if query.min_date:
+        statement = statement.where(Post.created_at >= query.min_date)
+    if query.max_date:
+        statement = statement.where(Post.created_at <= query.max_date)
+    if query.before:
+        statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
+        rows = await session.exec(statement.limit(query.size))
+        return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
+    sort = query.sort or "-id"
+    column = getattr(Post, sort.removeprefix("-"))
+    order = (column.desc() if sort.startswith("-") else column, col(Post.id).desc())
+    is_filtered = query.author or query.min_date or query.max_date
+    count = None if is_filtered else COUNT_PUBLISHED
+    return await paginate(session, statement, order, query, PostRead, count)
+
+
+@posts.post("", status_code=201, responses=errors(409))
+async def create_post(
+    body: PostCreate, me: CurrentUser, session: WriteSession, request: Request, response: Response
+) -> PostRead:
+    """Write a post: a draft, unless you publish it at once."""
+    post = Post.model_validate(body, update={"author_id": me.id})
+    session.add(post)
+    await session.commit()
+    created = PostRead.model_validate(post, update={"author": me})
+    if post.is_published:
+        await announce("post.published", created)
+    response.headers["Location"] = request.url_for("get_post", post_id=post.id).path
+    return created
+
+
+@posts.get("/{post_id}", responses=errors(404), openapi_extra=ANONYMOUS_TOO)
+async def get_post(post: VisiblePost) -> PostRead:
+    """One post. Drafts are visible only to their author and to superusers."""
+    return PostRead.model_validate(post)
+
+
+@posts.put("/{post_id}", name="put_post", responses=errors(403, 404, 409))
+@posts.patch("/{post_id}", responses=errors(403, 404, 409))
+async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) -> PostRead:
+    """Change the fields that are sent. With `version` only if nobody was faster."""
+    if body.version not in (None, post.version):
+        raise APIError("CONFLICT", f"The post has changed: its version is {post.version}")
+    changes = body.model_dump(exclude_unset=True, exclude={"version"})
+    if changes:
+        post.sqlmodel_update(changes | {"updated_at": utc_now()})
+        await session.commit()
+        await announce_post("post.updated", post)
+    return PostRead.model_validate(post)
+
+
+@posts.delete("/{post_id}", status_code=204, responses=errors(403, 404))
+async def delete_post(post: OwnPost, session: WriteSession) -> None:
+    """Delete a post and its comments."""
+    await session.delete(post)
+    await session.commit()
+    await announce_post("post.deleted", post, PostDeleted(id=post.id))
+
+
+@posts.post("/{post_id}/publish", responses=errors(403, 404))
+async def publish_post(post: PostToChange, me: CurrentUser, session: WriteSession) -> PostRead:
+    """Publish your draft. There is no way back; doing it twice changes nothing."""
+    if post.author_id != me.id:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only its author publishes a post")
+    if not post.is_published:
+        post.is_published = True
+        await session.commit()
+        await announce_post("post.published", post)
+    return PostRead.model_validate(post)
+
+
+app.include_router(posts)
+
+
+@app.get(f"{API}/users/me/posts", tags=["posts"], responses=errors(401, 422, 429))
+async def list_own_posts(
+    query: Annotated[PageQuery, Query()], me: CurrentUser, session: ReadSession
+) -> Page[PostRead]:
+    """Your own posts, newest first, drafts included."""
+    statement = select(Post).where(Post.author_id == me.id)
+    return await paginate(session, statement, (col(Post.id).desc(),), query, PostRead)
+
+
+# --- Comments -------------------------------------------------------------------------------------
+# The smallest example of it all: a table, its schemas, three routes. Who does not see a post sees
+# none of its comments.
+
+CommentText = Annotated[
+    str,
+    Field(min_length=1, max_length=500),
+    StringConstraints(strip_whitespace=True),
+    NO_NUL,
+    Examples(["Mine too."]),
+]
+
+
+class CommentCreate(StrictBody):
+    text: CommentText
+
+
+class Comment(CommentCreate, TableBase, table=True):
+    author_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    post_id: int = Field(foreign_key="post.id", ondelete="CASCADE", index=True)
+    author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
+
+
+class CommentRead(CommentCreate):
+    id: int
+    author: Author
+    post_id: int
+    created_at: datetime
+
+
+class CommentDeleted(SQLModel):
+    id: int
+    post_id: int
+
+
+comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
+
+
+@comments.get("/posts/{post_id}/comments", openapi_extra=ANONYMOUS_TOO)
+async def list_comments(
+    post: VisiblePost, query: Annotated[PageQuery, Query()], session: ReadSession
+) -> Page[CommentRead]:
+    """The comments on a post, oldest first."""
+    statement = select(Comment).where(Comment.post_id == post.id)
+    return await paginate(session, statement, (col(Comment.id),), query, CommentRead)
+
+
+@comments.post("/posts/{post_id}/comments", status_code=201, responses=errors(409))
+async def create_comment(
+    post: PostToChange, body: CommentCreate, me: CurrentUser, session: WriteSession
+) -> CommentRead:
+    """Comment on a post that you see."""
+    comment = Comment.model_validate(body, update={"author_id": me.id, "post_id": post.id})
+    session.add(comment)
+    await session.commit()
+    created = CommentRead.model_validate(comment, update={"author": me})
+    await announce_post("comment.created", post, created)
+    return created
+
+
+@comments.delete("/comments/{comment_id}", status_code=204, responses=errors(403, 409))
+async def delete_comment(comment_id: Id, me: CurrentUser, session: WriteSession) -> None:
+    """Delete a comment of yours, or one on your post."""
+    comment = await session.get(Comment, comment_id)
+    if comment is None:
+        raise APIError("NOT_FOUND", "Comment not found")
+    post = await find_post(session, comment.post_id, me)
+    if not (may_change(me, comment.author_id) or may_change(me, post.author_id)):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This comment is somebody else's")
+    await session.delete(comment)
+    await session.commit()
+    subject = CommentDeleted(id=comment_id, post_id=post.id)
+    await announce_post("comment.deleted", post, subject)
+
+
+app.include_router(comments)
+
+
+# --- Users ----------------------------------------------------------------------------------------
+# What people do with their own account, and admins with all of them. `{user}` in a path is an id or
+# `me`. Nobody changes their own role: so an admin always remains.
+
+
+def require_role(role: Role) -> Callable[[UserRead], UserRead]:
+    """Makes a dependency: `Depends(require_role("admin"))`."""
+
+    def check_role(me: CurrentUser) -> UserRead:
+        if me.role != role:
+            raise APIError("INSUFFICIENT_PERMISSIONS", f"Only for the role {role}")
+        return me
+
+    return check_role
+
+
+Superuser = Annotated[UserRead, Depends(require_role("admin"))]
+
+
+class UserCreateByAdmin(UserCreate):
+    role: Role = "user"
+    is_active: StrictBool = True
+
+
+class UserUpdate(UserBase):
+    """Only the fields that are sent change. null clears what may be empty."""
+
+    model_config = {"json_schema_extra": {"example": {"first_name": "Dora", "bio": "Bees!"}}}
+
+    bio: Bio = None
+    avatar_url: AvatarUrl = None
+    email: Email = Field(default="")
+    password: Password = Field(default="")
+    current_password: Annotated[str, StringConstraints(max_length=128)] = ""
+    role: Role = Field(default="user")
+    is_active: StrictBool = Field(default=True)
+
+
+class UserQuery(PageQuery):
+    is_active: bool | None = None
+
+
+async def get_user_id(user: Literal["me"] | Id, me: CurrentUser) -> int:
+    return me.id if user == "me" else user
+
+
+UserId = Annotated[int, Depends(get_user_id)]
+
+
+async def get_own_user_id(user_id: UserId, me: CurrentUser) -> int:
+    """Their own id, or any for a superuser. The refusal does not tell which ids exist."""
+    if user_id != me.id and not me.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This account is somebody else's")
+    return user_id
+
+
+OwnUserId = Annotated[int, Depends(get_own_user_id)]
+
+
+async def check_still_superuser(session: AsyncSession, me: UserRead) -> None:
+    """Looked at again where it counts: in the transaction, locked until the commit."""
+    row = await session.get(User, me.id, with_for_update=True, populate_existing=True)
+    if row is None or not (row.is_superuser and row.is_active):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
+
+
+async def find_user(session: AsyncSession, user_id: int) -> User:
+    user = await session.get(User, user_id)
+    if user is None:
+        raise APIError("NOT_FOUND", "User not found")
+    return user
+
+
+async def check_current_password(
+    me: UserRead, password: str, request: Request, session: AsyncSession
+) -> None:
+    """Counts by email as a login does, since it is one more way to guess."""
+    await limit_email(me.email, request)
+    row = await session.get(User, me.id)
+    await session.close()
+    if row is None or not await verify_password(password, row.hashed_password):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "current_password is missing or wrong")
+
+
+def check_may_change_role(sent: set[str], user_id: int, me: UserRead) -> None:
+    if not sent & {"role", "is_active"}:
+        return
+    if not me.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins change role and is_active")
+    if user_id == me.id:
+        raise APIError("CONFLICT", "Nobody changes their own role, so that an admin remains")
+
+
+users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
+
+
+@users.get("", responses=errors(403))
+async def list_users(
+    query: Annotated[UserQuery, Query()], me: CurrentUser, session: ReadSession
+) -> Page[UserRead] | Page[UserPublic]:
+    """All users, by id. Superusers see every field, and may filter by `is_active`."""
+    statement = select(User)
+    if query.is_active is not None:
+        if not me.is_superuser:
+            raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins filter by is_active")
+        statement = statement.where(User.is_active == query.is_active)
+    order = (col(User.id),)
+    if me.is_superuser:
+        return await paginate(session, statement, order, query, UserRead)
+    return await paginate(session, statement, order, query, UserPublic)
+
+
+@users.post("", status_code=201, responses=errors(403, 409))
+async def create_user(
+    body: UserCreateByAdmin, me: Superuser, session: WriteSession, send_welcome: bool = False
+) -> UserRead:
+    """Make an account for somebody."""
+    hashed_password = await hash_password(body.password)
+    await check_still_superuser(session, me)
+    user = await add_user(session, body, hashed_password)
+    if send_welcome:
+        await announce("user.invited", user)
+    return user
+
+
+@users.get("/{user}", responses=errors(404))
+async def get_user(user_id: UserId, me: CurrentUser, session: ReadSession) -> UserRead | UserPublic:
+    """One user. Yourself you see with every field, and so do superusers everybody."""
+    user = await find_user(session, user_id)
+    if user_id == me.id or me.is_superuser:
+        return UserRead.model_validate(user)
+    return UserPublic.model_validate(user)
+
+
+@users.patch("/{user}", responses=errors(403, 404, 409))
+async def update_user(
+    user_id: OwnUserId,
+    body: UserUpdate,
+    me: CurrentUser,
+    request: Request,
+    read_session: ReadSession,
+    session: WriteSession,
+) -> UserRead:
+    """Change the fields that are sent. Your own email or password needs `current_password`."""
+    sent = body.model_fields_set
+    check_may_change_role(sent, user_id, me)
+    if user_id == me.id and sent & {"email", "password"}:
+        await check_current_password(me, body.current_password, request, read_session)
+    changes = body.model_dump(exclude_unset=True, exclude={"password", "current_password"})
+    if "password" in sent:
+        changes["hashed_password"] = await hash_password(body.password)
+    if user_id != me.id:
+        await check_still_superuser(session, me)
+    user = await find_user(session, user_id)
+    user.sqlmodel_update(changes)
+    if "password" in sent or not user.is_active:
+        await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user_id))
+    await commit_user(session)
+    for field in sent & {"password", "role", "is_active"}:
+        logger.info("user %s: %s changed by user %s", user_id, field, me.id)
+    return UserRead.model_validate(user)
+
+
+@users.delete("/{user}", status_code=204, responses=errors(403, 404, 409))
+async def delete_user(user_id: UserId, me: Superuser, session: WriteSession) -> None:
+    """Delete a user and everything that is theirs."""
+    if user_id == me.id:
+        raise APIError("CONFLICT", "Nobody deletes themselves, so that an admin remains")
+    await check_still_superuser(session, me)
+    user = await find_user(session, user_id)
+    statement = sa.delete(Post).where(col(Post.author_id) == user_id)
+    posts = await session.exec(statement.returning(col(Post.id), col(Post.is_published)))
+    deleted = [post.id for post in posts if post.is_published]
+    await session.delete(user)
+    await session.commit()
+    for post_id in deleted:
+        await announce("post.deleted", PostDeleted(id=post_id))
+
+
+async def make_first_superuser(session: AsyncSession, email: str, hashed_password: str) -> None:
+    """An admin who is there already is left alone."""
+    user = (await session.exec(select(User).where(User.email == email))).first()
+    if user and user.is_superuser:
+        return
+    user = user or User(email=email, hashed_password=hashed_password)
+    user.hashed_password = hashed_password
+    user.role = "admin"
+    user.is_active = True
+    session.add(user)
+    await session.flush()
+    await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user.id))
+
+
+@asynccontextmanager
+async def first_superuser_lifespan() -> AsyncIterator[None]:
+    email = settings.first_superuser_email
+    password = settings.first_superuser_password
+    if email and password:
+        hashed_password = await hash_password(password)
+        async with prepare_database() as session:
+            await make_first_superuser(session, email, hashed_password)
+    yield
+
+
+lifespans.append(first_superuser_lifespan)
+app.include_router(users)
+
+
+# --- Verify ---------------------------------------------------------------------------------------
+# A proxy that guards another app asks here before each request: who is this, and may they?
+
+
+class VerifyQuery(BaseModel):
+    """A parameter that is not known is refused, so that a typo never opens a gate."""
+
+    model_config = {"extra": "forbid"}
+
+    role: Role = "user"
+
+
+@app.get(
+    f"{API}/auth/verify", tags=["auth"], response_class=Response, responses=errors(401, 403, 422)
+)
+async def verify(query: Annotated[VerifyQuery, Query()], me: CurrentUser) -> Response:
+    """Who sent this token? With `role=admin` only admins pass."""
+    if query.role == "admin" and not me.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
+    keep = string.punctuation.replace("%", "") + " "
+    return Response(
+        headers={
+            "Remote-User": str(me.id),
+            "Remote-Name": quote(me.full_name, safe=keep),
+            "Remote-Email": quote(me.email, safe=keep),
+            "Remote-Groups": me.role,
+            "Cache-Control": "private, no-store",
+        }
+    )
+
+
+path_limits[f"{API}/auth/verify"] = None
+
+
+# --- Cache ----------------------------------------------------------------------------------------
+# What anybody may read comes from memory, ready as it was sent before, until the next commit.
+
+
+answers = Memory()
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    etag: bytes
+
+
+async def collect_answer(app: ASGIApp, scope: Scope, receive: Receive) -> Answer:
+    messages: list[Message] = []
+
+    async def collect(message: Message) -> None:
+        messages.append(message)
+
+    await app(scope, receive, collect)
+    body = b"".join(message.get("body", b"") for message in messages)
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'.encode()
+    return Answer(messages[0]["status"], messages[0]["headers"], body, etag)
+
+
+class CacheMiddleware:
+    """In front of FastAPI, for GETs of posts and comments without a token."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_get = scope["type"] == "http" and scope["method"] == "GET"
+        if not (is_get and scope["state"]["path"].startswith(f"{API}/posts")):
+            return await self.app(scope, receive, send)
+        request_headers = scope["state"]["request_headers"]
+        headers = scope["state"]["response_headers"]
+        # CORS adds Origin where one was sent.
+        headers[b"vary"] = b"Authorization" + b", Origin" * (b"origin" not in request_headers)
+        if b"authorization" in request_headers:
+            return await self.app(scope, receive, send)
+        answer, found = await self.find(scope, receive)
+        if answer.status == 200:
+            headers[b"etag"] = answer.etag
+            headers[b"cache-control"] = b"public, max-age=0, must-revalidate"
+            headers |= found
+            known = request_headers.get(b"if-none-match", b"")
+            if answer.etag in known or known.strip() == b"*":
+                answer = Answer(304, [], b"", answer.etag)
+        start = {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": answer.body})
+
+    async def find(self, scope: Scope, receive: Receive) -> tuple[Answer, dict[bytes, bytes]]:
+        """The answer, and the header that says where it is from."""
+        key = (scope["path"], scope["query_string"], scope.get("root_path"))
+        generation, answer = await answers.get(key)
+        if answer:
+            return answer, {b"x-cache": b"hit"}
+        answer = await collect_answer(self.app, scope, receive)
+        if answer.status == 200:
+            size = len(answer.body) + len(scope["path"]) + len(scope["query_string"]) + 1_000
+            answers.keep(key, answer, size, generation)
+        return answer, {b"x-cache": b"miss"} if generation else {}
+
+
+app.user_middleware.append(Middleware(CacheMiddleware))
+
+
+# --- Live events ----------------------------------------------------------------------------------
+# What happens to published posts, as a stream. The hub is a log of the last events that each
+# listener follows at its own pace: there are no queues, and a slow client delays nobody.
+
+MAX_LISTENERS = 1_000
+MAX_LISTENERS_OF_CLIENT = 60
+MAX_EVENTS = 1_000
+
+
+class Event(NamedTuple):
+    id: str
+    kind: str
+    post_id: int
+    data: str  # JSON
+
+
+class EventHub:
+    def __init__(self) -> None:
+        self.bus: Callable[[Event], Awaitable[None]] = self.add
+        self.start()
+
+    def start(self) -> None:
+        self.run = secrets.token_hex(4)
+        self.published = 0
+        self.log: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.position = 0  # behind the newest event: so many have ever been in the log
+        self.changed = asyncio.Event()
+
+    async def publish(self, kind: str, post_id: int, data: str) -> None:
+        self.published += 1
+        await self.bus(Event(f"{self.run}-{self.published}", kind, post_id, data))
+
+    async def add(self, event: Event) -> None:
+        self.log.append(event)
+        self.position += 1
+        self.changed.set()  # wakes those who wait now
+        self.changed = asyncio.Event()
+
+    def position_after(self, event_id: str) -> int:
+        """-1 if this id is unknown."""
+        run, _, number = event_id.rpartition("-")
+        is_ours = run == self.run and number.isdecimal() and len(number) < 16
+        return int(number) if is_ours and int(number) <= self.position else -1
+
+    async def subscribe(self, position: int, post_id: int | None = None) -> AsyncIterator[Event]:
+        """What comes after this position. Where the log no longer has it: `reset`."""
+        while True:
+            changed = self.changed
+            while position < self.position:
+                if self.position - position > len(self.log) or position < 0:
+                    position = self.position
+                    yield Event(f"{self.run}-{self.published}", "reset", 0, "{}")
+                    break
+                event = self.log[position - self.position]
+                position += 1
+                if post_id in (None, event.post_id):
+                    yield event
+            else:
+                await changed.wait()
+
+
+events = EventHub()
+listening: Counter[str] = Counter()  # by client
+
+
+async def publish_event(kind: EventKind, subject: Any) -> None:
+    if not kind.startswith("user."):
+        post_id = getattr(subject, "post_id", subject.id)
+        await events.publish(kind, post_id, subject.model_dump_json(exclude={"content"}))
+
+
+listeners.append(publish_event)
+
+
+async def get_listener_place(request: HTTPConnection) -> AsyncIterator[None]:
+    """Counts open streams and rooms, until they are closed."""
+    client = client_key(request.state.client)
+    if listening.total() >= MAX_LISTENERS or listening[client] >= MAX_LISTENERS_OF_CLIENT:
+        raise APIError("UNAVAILABLE", "Too many listeners, try again")
+    listening[client] += 1
+    try:
+        yield
+    finally:
+        listening[client] -= 1
+        if not listening[client]:
+            del listening[client]
+
+
+ListenerPlace = Annotated[None, Depends(get_listener_place)]
+live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
+
+
+@live.get("/events", response_class=EventSourceResponse, openapi_extra=ANONYMOUS_TOO)
+async def stream_events(
+    me: OptionalUser,
+    place: ListenerPlace,
+    post_id: Id | None = None,
+    last_event_id: str = "",
+    resumed: Annotated[str, Header(alias="Last-Event-ID")] = "",
+) -> AsyncIterator[ServerSentEvent]:
+    """What happens to published posts, or to one. Name your last event to get what you missed."""
+    last_id = resumed or last_event_id
+    position = events.position_after(last_id) if last_id else events.position
+    async for event in events.subscribe(position, post_id):
+        yield ServerSentEvent(id=event.id, event=event.kind, raw_data=event.data)
+
+
+app.include_router(live)
+
+
+# --- Rooms ----------------------------------------------------------------------------------------
+# Each post has a room, a WebSocket for people who are signed in: they see the post's events, and
+# what others write there. Nothing of it is stored.
+
+CHAT_LIMIT = Limit("chat", 20, 10)
+CHECK_SECONDS = 20.0
+CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "RATE_LIMITED": 1008}
+chat = EventHub()
+
+
+class ChatMessage(StrictBody):
+    type: Literal["message"]
+    text: CommentText
+
+
+class Room:
+    """One socket in the room of a post. An error in any of its tasks ends it."""
+
+    def __init__(self, websocket: WebSocket, post_id: int, me: UserRead) -> None:
+        self.websocket = websocket
+        self.post_id = post_id
+        self.me = me
+
+    async def receive(self) -> None:
+        author = Author.model_validate(self.me).model_dump()
+        while True:
+            try:
+                message = ChatMessage.model_validate_json(await self.websocket.receive_text())
+            except (KeyError, ValidationError):  # KeyError: the frame is binary
+                raise APIError("BAD_REQUEST", "Not a message") from None
+            await limiter.check(CHAT_LIMIT, str(self.me.id), self.websocket.scope["state"])
+            data = {"type": "message", "from": author, "text": message.text}
+            await chat.publish("message", self.post_id, json.dumps(data))
+
+    async def forward_events(self, position: int) -> None:
+        async for event in events.subscribe(position, self.post_id):
+            data = f'{{"type":"{event.kind}","id":"{event.id}","data":{event.data}}}'
+            await self.websocket.send_text(data)
+            if event.kind == "post.deleted":
+                raise APIError("NOT_FOUND", "Post not found")
+
+    async def forward_chat(self, position: int) -> None:
+        async for event in chat.subscribe(position, self.post_id):
+            if event.kind == "reset":
+                raise APIError("UNAVAILABLE", "This client is too slow")
+            await self.websocket.send_text(event.data)
+
+    async def check(self, token: str | None, session: AsyncSession) -> None:
+        """Is the token still good, and the post still visible?"""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            me = await get_optional_user(self.websocket, token, session)
+            await find_post(session, self.post_id, me)
+            await session.close()
+
+
+def check_origin(websocket: WebSocket) -> None:
+    """A page of another site must not open a socket from the browser of a user."""
+    origin = websocket.headers.get("origin")
+    own = f"://{websocket.headers.get('host')}"
+    if origin and not origin.endswith(own) and not {origin, "*"} & set(settings.cors_origins):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
+
+
+@app.websocket(f"{API}/ws/posts/{{post_id}}", dependencies=[Depends(check_origin)])
+async def join_room(
+    websocket: WebSocket,
+    token: BearerToken,
+    me: CurrentUser,
+    post: VisiblePost,
+    place: ListenerPlace,
+    session: ReadSession,
+) -> None:
+    await session.close()  # the socket may stay open for days
+    room = Room(websocket, post.id, me)
+    event_position = events.position
+    chat_position = chat.position
+    has_protocol = "sec-websocket-protocol" in websocket.headers
+    await websocket.accept("bearer" if has_protocol else None)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(room.receive())
+            tasks.create_task(room.forward_events(event_position))
+            tasks.create_task(room.forward_chat(chat_position))
+            tasks.create_task(room.check(token, session))
+    except* WebSocketDisconnect:
+        pass  # the client has gone
+    except* (APIError, exc.SQLAlchemyError) as group:
+        code = getattr(group.exceptions[0], "code", "")
+        await websocket.close(CLOSE_CODES.get(code, 1013))
+
+
+# --- Mail -----------------------------------------------------------------------------------------
+# Each mail has a thread of its own that ends with the process: a mail server that hangs delays
+# neither an answer nor a stop. What cannot be sent is a line in the log, and is not tried again.
+
+MAX_MAILS = 50
+STOP_SECONDS = 2.0
+mail_threads: set[threading.Thread] = set()
+
+
+def deliver(to: str, subject: str, body: str) -> None:
+    url = settings.smtp_url
+    mail = EmailMessage()
+    mail["From"] = settings.mail_from
+    mail["To"] = to
+    mail["Subject"] = subject
+    mail.set_content(body, cte="8bit")
+    if url is None:
+        print(f"--- Mail to {to}: {subject}\n{body}---", flush=True)
+        return
+    host = (url.host or "").strip("[]")
+    tls = ssl.create_default_context()
+    is_smtps = url.scheme == "smtps"
+    connect = partial(smtplib.SMTP_SSL, context=tls) if is_smtps else smtplib.SMTP
+    with connect(host, url.port or 0, timeout=5) as server:
+        server.ehlo()
+        if server.has_extn("starttls"):
+            server.starttls(context=tls)
+        elif url.username and not is_smtps:
+            return logger.error("mail not sent: the server has no STARTTLS for SMTP_URL's password")
+        if url.username:
+            server.login(unquote(url.username), unquote(url.password or ""))
+        server.send_message(mail, settings.mail_from, [to])
+
+
+def deliver_or_log(to: str, subject: str, body: str) -> None:
+    try:
+        deliver(to, subject, body)
+    except (OSError, ValueError) as error:  # its text may hold the email
+        logger.error("mail not sent: %s", type(error).__name__)
+    finally:
+        mail_threads.discard(threading.current_thread())
+
+
+def send_mail(to: str, subject: str, body: str) -> None:
+    if settings.smtp_url is None and settings.production:
+        return logger.warning("mail not sent: SMTP_URL is not set")
+    if len(mail_threads) >= MAX_MAILS:
+        return logger.error("mail not sent: %s are under way", MAX_MAILS)
+    thread = threading.Thread(target=deliver_or_log, args=(to, subject, body), daemon=True)
+    mail_threads.add(thread)
+    thread.start()
+
+
+async def mail_what_happened(kind: EventKind, subject: Any) -> None:
+    """Nothing that a stranger chose goes into a welcome mail: it would reach whom they like."""
+    if kind in ("user.registered", "user.invited"):
+        body = f"Welcome!\n\nThere is an account with this email at {settings.public_url}\n"
+        send_mail(subject.email, "Welcome", body)
+    if kind == "post.published" and settings.admin_email:
+        link = f"{settings.public_url}{API}/posts/{subject.id}"
+        body = f"{subject.author.full_name} published: {subject.title}\n\n{link}\n"
+        send_mail(settings.admin_email, "A post was published", body)
+
+
+@asynccontextmanager
+async def mail_lifespan() -> AsyncIterator[None]:
+    yield
+    with anyio.move_on_after(STOP_SECONDS):
+        for thread in list(mail_threads):
+            await anyio.to_thread.run_sync(thread.join, STOP_SECONDS, abandon_on_cancel=True)
+
+
+listeners.append(mail_what_happened)
+lifespans.append(mail_lifespan)
+
+
+# --- Demo -----------------------------------------------------------------------------------------
+# With DEMO=true there are people and posts from the start, in a database that ends with the
+# service.
+
+DEMO_PASSWORD = "correct-horse"  # noqa: S105
+DEMO_ROLES = {"Ann": "user", "Ben": "user", "Cleo": "admin"}
+DEMO_POSTS = """
+Ann: Bees in November: They hang in a ball and shiver. Who is cold moves in. | Ben: Who decides?
+Ben: Bread without a tin: Fold it four times, then leave it alone. | Cleo: How long? | Ben: A night.
+Cleo: House rules: Be kind. Whoever signs up may write, and I may delete.
+Ann: A letter from the coast: Fog until ten, then gulls. | Ben: Bring some of both.
+Ben: Reading aloud: This file, from top to bottom, takes an afternoon.
+Ann: Two windows: Open this page twice, and be somebody else in the second. | Cleo: As now!
+Cleo: What is a draft?: A post that nobody sees but its author, and admins, until it is published.
+Ben: The last call: Beside this stands what you did last, as a line for your terminal.
+Ann: Walnuts: Dry them for three weeks, or they go black. | Cleo: Mine did. | Ben: Mine too.
+Cleo: Backups: A copy that was never restored is a wish. | Ann: Ours is tested.
+Ben: Night train: Berth 61, on top. The world is quiet up here. | Ann: Send a picture!
+Ann: Welcome: Sign in and write. Whoever has this page open sees it at once. | Ben: Hello!
+Ann: Not done yet: The story of the walnut that fell up.
+"""
+
+
+def remove_demo_files() -> None:
+    for suffix in ("", "-wal", "-shm", ".key"):
+        Path(f"{settings.sqlite_file}{suffix}").unlink(missing_ok=True)
+
+
+async def add_demo_people(session: AsyncSession) -> dict[str, int]:
+    hashed_password = await hash_password(DEMO_PASSWORD)
+    ids = {}
+    for name, role in DEMO_ROLES.items():
+        fields = {"email": f"{name.lower()}@example.com", "first_name": name, "role": role}
+        user = User.model_validate(fields, update={"hashed_password": hashed_password})
+        session.add(user)
+        await session.flush()
+        ids[name] = user.id
+    return ids
+
+
+async def add_demo_posts(session: AsyncSession, ids: dict[str, int]) -> None:
+    """Twelve posts with their comments, five hours apart, and last a draft."""
+    lines = DEMO_POSTS.strip().splitlines()
+    for number, line in enumerate(lines, 1):
+        first, *replies = line.split(" | ")
+        name, title, content = first.split(": ")
+        created_at = utc_now() - timedelta(hours=5 * (len(lines) - number))
+        post = Post(
+            title=title,
+            content=content,
+            is_published=number < len(lines),
+            author_id=ids[name],
+            created_at=created_at,
+            updated_at=created_at,
+        )
+        session.add(post)
+        await session.flush()
+        for reply in replies:
+            name, words = reply.split(": ")
+            session.add(Comment(text=words, author_id=ids[name], post_id=post.id))
+
+
+@asynccontextmanager
+async def demo_files_lifespan() -> AsyncIterator[None]:
+    remove_demo_files()
+    yield
+    remove_demo_files()
+
+
+@asynccontextmanager
+async def demo_lifespan() -> AsyncIterator[None]:
+    async with prepare_database() as session:
+        await add_demo_posts(session, await add_demo_people(session))
+    yield
+
+
+if settings.demo:
+    lifespans.insert(0, demo_files_lifespan)  # around all others: it ends last
+    lifespans.append(demo_lifespan)
+    for name, role in DEMO_ROLES.items():
+        notices.append(f"{name.lower()}@example.com  {DEMO_PASSWORD}  ({role})")
+
+
+# --- The page -------------------------------------------------------------------------------------
+# What a browser gets at /: one constant, and headers that allow nothing else.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Nutshell</title><link rel="icon" href="data:,">
+<style nonce="NONCE">
+  :root { color-scheme: light dark; --paper: light-dark(#f8f3ec, #191512);
+    --card: light-dark(#fff, #26201b); --nut: light-dark(#85480f, #f0b566); --line: #8f8071 }
+  * { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere }
+  body { padding: 1em; background: var(--paper); font: clamp(16px, 1.1vw, 26px)/1.5 system-ui }
+  header, form { display: flex; flex-wrap: wrap; gap: .6em; align-items: center }
+  main, section { display: grid; gap: 1em; align-content: start; min-width: 0 }
+  main { margin-top: 1em; grid: auto / repeat(auto-fit, minmax(min(100%, 21em), 1fr)) }
+  section, input, textarea, button { padding: .6em .9em; border: 1px solid var(--line);
+    border-radius: .5em; background: var(--card); color: inherit }
+  button { background: var(--nut); color: var(--card) } label, input, textarea { width: 100% }
+  h1, h2, a, b { font-weight: 600; color: var(--nut) } h1 { font-size: 2em }
+  ul { padding-left: 1.2em } p, pre, li { white-space: pre-wrap; unicode-bidi: plaintext }
+  pre { font: .8em/1.5 ui-monospace, monospace; max-height: 45vh; overflow: auto }
+  pre b, pre b::selection { color: transparent; background: var(--line); vertical-align: bottom }
+  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap }  /* secrets */
+  body:not(.in) .members, .in .guests, [hidden] { display: none }
+</style>
+<header><h1>Nutshell</h1> <a href="docs">All calls</a> <span id="live" role="status"></span>
+  <form id="leave" class="members">You are <b id="me"></b> <button>Sign out</button></form></header>
+<pre class="guests">HINT</pre><p id="note" role="status"></p>
+<main><section aria-label="Posts">
+  <form id="sign" class="guests">
+    <label>Email <input name="email" type="email" required autocomplete="email"></label>
+    <label>Password <input name="password" type="password" required minlength="8"></label>
+    <label>First name, if you are new <input name="first_name" maxlength="100"></label>
+    <button>Sign in</button> <button value="new">Sign up</button></form>
+  <form id="write" class="members">
+    <label>Title <input name="title" required maxlength="255"></label>
+    <label>Text <textarea name="content" required rows="3"></textarea></label>
+    <button>Save as draft</button> <button value="publish">Publish</button></form>
+  <ul id="posts"></ul>
+</section><section id="one" hidden aria-labelledby="title">
+  <h2 id="title" tabindex="-1"></h2><p id="by"></p><p id="content"></p>
+  <form id="publish"><button>Publish this draft</button></form>
+  <ul id="comments" aria-label="Comments"></ul>
+  <form id="comment" class="members"><label>Your comment
+    <input name="text" required maxlength="500"></label> <button>Send</button></form>
+</section><section aria-labelledby="last"><h2 id="last">Your last call, and its answer</h2>
+  <pre id="call" tabindex="0"></pre><pre id="answer" tabindex="0"></pre></section></main>
+<script nonce="NONCE">
+const SECRET = /((?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+)/;
+const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
+const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
+const tell = (error) => show({ note: error?.message });
+let tokens, post, busy = false, again = false, loading = null;
+
+function made(tag, ...inside) {  // append() makes text of what people wrote, never HTML
+  const element = document.createElement(tag);
+  element.append(...inside);
+  return element;
+}
+
+function keep(found) {  // for this tab alone, so that two tabs can be two people
+  sessionStorage.tokens = JSON.stringify(tokens = found);
+  document.body.className = found ? "in" : "";
+}
+
+async function call(method, path, body, shown = method !== "GET", once = false) {
+  const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON
+  const url = new URL(`api/v1${path}`, location).href, headers = {};
+  if (tokens) headers.Authorization = `Bearer ${tokens.access_token}`;
+  if (typeof sent === "string") headers["Content-Type"] = "application/json";
+  const answer = await fetch(url, { method, headers, body: sent }), text = await answer.text();
+  if (answer.status === 401 && tokens && !once) {  // expired: once more, with a new token or none
+    const old = new URLSearchParams({ refresh_token: tokens.refresh_token });
+    const ended = ({ cause }) => cause === 401 && keep(null);
+    await call("POST", "/auth/refresh", old, false, true).then(keep, ended);
+    return call(method, path, body, shown, true);
+  }
+  const found = text && JSON.parse(text), pretty = text && JSON.stringify(found, null, 2);
+  let curl = `curl -X ${method} ${quoted(url)}`;
+  for (const name in headers) curl += ` \\\n  -H ${quoted(`${name}: ${headers[name]}`)}`;
+  if (body) curl += ` \\\n  -d ${quoted(`${sent}`)}`;
+  const said = { call: curl, answer: `${answer.status} ${pretty}` };
+  for (const id in shown ? said : {}) $(id).replaceChildren(  // at odd places stands what fits
+    ...said[id].split(SECRET).map((part, at) => at % 2 ? made("b", part) : part));
+  if (answer.ok) return found;
+  const wrong = [found.detail].flat().map((e) => e.msg ? `${e.loc.at(-1)}: ${e.msg}` : e);
+  throw Error(wrong.join("\n"), { cause: answer.status });
+}
+
+async function look() {
+  const posts = (await call("GET", "/posts?size=100")).items;
+  const me = tokens && await call("GET", "/users/me");
+  const own = me ? (await call("GET", "/users/me/posts?size=100")).items : [];
+  posts.unshift(...own.filter((one) => !one.is_published));
+  const id = Number(location.hash.slice(1)) || post?.id || posts[0]?.id;  // who reads one keeps it
+  const found = id && await call("GET", `/posts/${id}`, undefined, id !== post?.id).catch(tell);
+  const below = (page) => call("GET", `/posts/${id}/comments?size=100&page=${page}`);
+  const { items, pages } = found ? await below(1) : { items: [] };
+  if (pages > 2) items.splice(0, 100, ...(await below(pages - 1)).items);
+  if (pages > 1) items.push(...(await below(pages)).items);
+  const focus = document.activeElement.hash;  // of a link, which is replaced
+  $("posts").replaceChildren(...posts.map((one) => made("li",
+    Object.assign(made("a", one.title), { href: `#${one.id}` }),
+    one.is_published ? ` by ${one.author.full_name}` : ", a draft")));
+  $("comments").replaceChildren(
+    ...items.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
+  if (focus) document.querySelector(`a[href="${focus}"]`)?.focus();
+  const by = found && `${found.author.full_name}, ${new Date(found.created_at).toLocaleString()}`;
+  show({ me: me?.full_name, title: found?.title, by, content: found?.content });
+  $("one").hidden = !found;
+  $("publish").hidden = found?.is_published;
+  if (found?.id !== post?.id) $("comment").reset();  // it was for another post
+  post = found;
+}
+
+function load() {  // an event only says that something has changed: then all is read anew
+  again = true;
+  loading ??= (async () => {
+    while (again) {  // at once, and while more comes once a second
+      again = false;
+      await look().catch((error) => show({ live: error.message }));
+      if (again) await new Promise((done) => setTimeout(done, 1000));
+    }
+    loading = null;
+  })();
+  return loading;
+}
+
+const actions = {
+  async sign({ email, password, first_name }, isNew) {
+    if (isNew) await call("POST", "/auth/register", { email, password, first_name });
+    keep(await call("POST", "/auth/login", new URLSearchParams({ username: email, password })));
+  },
+  async write(fields, publish) {
+    post = await call("POST", "/posts", { ...fields, is_published: !!publish });
+    location.hash = post.id;
+  },
+  publish: () => call("POST", `/posts/${post.id}/publish`),
+  comment: (fields) => call("POST", `/posts/${post.id}/comments`, fields),
+  leave: () => call("POST", "/auth/logout").finally(() => keep(null)),
+};
+document.onsubmit = async (event) => {
+  event.preventDefault();
+  if (busy) return;
+  busy = true;
+  const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
+  await actions[target.id](fields, submitter.value).then(() => target.reset()).then(tell, tell);
+  busy = false;
+  await load();
+  if (!target.checkVisibility()) $("title").focus();  // the form has gone, and the focus with it
+};
+window.onhashchange = () => load().then(() => $("title").focus());
+
+function listen() {
+  const stream = new EventSource("api/v1/events");
+  const hear = ({ type }) => { show({ live: `Events: ${type}` }); load(); };
+  for (const type of ["open", "post.published", "post.updated", "post.deleted", "comment.created",
+    "comment.deleted"]) stream.addEventListener(type, hear);
+  stream.onerror = () => {
+    show({ live: "Events: reconnecting" });
+    if (stream.readyState === stream.CLOSED) setTimeout(listen, 3000);  // the browser gave up
+  };
+}
+keep(JSON.parse(sessionStorage.tokens ?? null));
+load();
+listen();
+</script>
+"""
+CONTENT_POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
+    "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
+)
+
+
+@app.head("/", include_in_schema=False)
+@app.get("/", tags=["page"], response_model=dict[str, str], responses=errors(429))
+async def get_page(request: Request) -> Response:
+    """For programs a sign of life, for browsers a page to try it all on."""
+    headers = {"Vary": "Accept"}
+    if settings.production or "text/html" not in request.headers.get("accept", "").lower():
+        return JSONResponse({"status": "ok"}, headers=headers)
+    nonce = secrets.token_urlsafe(16)  # only a script or style that carries it is run
+    headers["Content-Security-Policy"] = CONTENT_POLICY.replace("NONCE", nonce)
+    page = PAGE.replace("HINT", "\n".join(notices)).replace("NONCE", nonce)
+    return HTMLResponse(page, headers=headers)
+
+
+# --- python main.py -------------------------------------------------------------------------------
+# What is printed at the start, and the server. What bounds sockets, proxies and stops is set here.
+
+
+async def get_start_lines() -> list[str]:
+    host = str(settings.host)
+    if host in ("0.0.0.0", "::"):  # noqa: S104
+        host = socket.gethostname()
+    address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    admins = select(User.email).where(User.role == "admin", User.is_active).limit(3)
+    async with DatabaseSession(read_engine) as session:
+        emails = (await session.exec(admins.order_by(col(User.id)))).all()
+    url = sa.make_url(settings.database_url)
+    file = settings.sqlite_file
+    how = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
+    return [
+        f"Nutshell  {address}",
+        f"docs      {address}/docs",
+        f"data      {file.absolute() if file else f'{url.host}, database {url.database}'}",
+        f"admin     {', '.join(emails) or how}",
+        *(f"sign in   {notice}" for notice in notices),
+    ]
+
+
+@asynccontextmanager
+async def print_start_lines() -> AsyncIterator[None]:
+    print("\n".join(await get_start_lines()), flush=True)
+    yield
+
+
+if __name__ == "__main__":
+    if not settings.production:
+        lifespans.append(print_start_lines)
+    proxies = [str(network) for network in settings.forwarded_allow_ips]
+    uvicorn.run(
+        "__main__:app",
+        host=str(settings.host),
+        port=settings.port,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=proxies,
+        server_header=False,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,  # longer than nginx keeps a connection, or it meets a closed one
+        timeout_graceful_shutdown=4,
+        ws_max_size=64 * 1024,
+        ws_per_message_deflate=False,
+    )
