@@ -1279,8 +1279,12 @@ async def announce(kind: str, post: Any, data: Any = None) -> None:
 # an answer nor a stop. What cannot be sent is a line in the log, and not retried.
 
 
+class NoEncryption(Exception):
+    """Everybody on the way to the mail server could read the password."""
+
+
 def deliver(to: str, subject: str, body: str) -> None:
-    """Speaks SMTP, encrypted where the server offers it; smtps:// insists."""
+    """Speaks SMTP, encrypted where the server offers it; smtps:// insists, and so do passwords."""
     url = urlsplit(settings.smtp_url or "")
     tls = ssl.create_default_context()
     mail = EmailMessage()
@@ -1289,8 +1293,11 @@ def deliver(to: str, subject: str, body: str) -> None:
     mail.set_content(body)
     connect = partial(smtplib.SMTP_SSL, context=tls) if url.scheme == "smtps" else smtplib.SMTP
     with connect(url.hostname or "", url.port or 0, timeout=5) as server:
-        with suppress(smtplib.SMTPNotSupportedError):
+        server.ehlo_or_helo_if_needed()
+        if server.has_extn("starttls"):
             server.starttls(context=tls)
+        elif url.username and url.scheme == "smtp":
+            raise NoEncryption("the server offers no encryption, and SMTP_URL has a password")
         if url.username:
             server.login(unquote(url.username), unquote(url.password or ""))
         server.send_message(mail)
@@ -1300,6 +1307,8 @@ def deliver_or_log(*mail: str) -> None:
     try:
         text = "\n".join(("Mail to", *mail, ""))  # in one piece, between the lines of the log
         deliver(*mail) if settings.smtp_url else print(text, end="", flush=True)
+    except NoEncryption as error:
+        log.error("mail not sent: %s", error)
     except (OSError, ValueError) as error:  # their text may name the receiver
         log.error("mail not sent: %s", type(error).__name__)
 

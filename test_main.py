@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -395,9 +396,19 @@ class MailHandler(socketserver.StreamRequestHandler):
                 server.mails.append(BytesParser(policy=email_policy).parsebytes(b"".join(lines)))
             elif verb == b"AUTH":
                 server.credentials.append(base64.b64decode(line.split()[-1]))
-            answers = {b"EHLO": b"250-here\r\n250 AUTH PLAIN", b"AUTH": b"235 yes", b"QUIT": b"221"}
+            elif verb == b"STAR":
+                self.wfile.write(b"220 go on\r\n")
+                self.request = server.starttls.wrap_socket(self.request, server_side=True)
+                self.setup()
+                continue
+            able = b"250-here\r\n250-STARTTLS\r\n" if server.starttls else b"250-here\r\n"
+            answers = {b"EHLO": able + b"250 AUTH PLAIN", b"AUTH": b"235 yes", b"QUIT": b"221"}
             usual = b"550 who?" if b"<unknown" in line else b"250 fine"
             self.wfile.write(answers.get(verb, usual) + b"\r\n")
+
+    def finish(self) -> None:
+        super().finish()
+        self.request.close()  # after STARTTLS it is one that the server does not know
 
 
 class MailServer(socketserver.ThreadingTCPServer):
@@ -405,9 +416,14 @@ class MailServer(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
 
-    def __init__(self, tls: ssl.SSLContext | None = None, pause: float = 0) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None = None,
+        starttls: ssl.SSLContext | None = None,
+        pause: float = 0,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), MailHandler)
-        self.pause = pause
+        self.starttls, self.pause = starttls, pause
         self.mails: list[EmailMessage] = []
         self.credentials: list[bytes] = []
         if tls is not None:
@@ -795,6 +811,9 @@ def test_a_wrong_setting_ends_the_start_with_one_clear_line(
     refuse: Callable[..., str], settings: dict[str, str], line: str
 ) -> None:
     printed = refuse(**settings)
+    needed = re.search(r"needs a package: pip install (\w+)$", printed)  # which looks at the URL
+    if needed and not importlib.util.find_spec(needed[1]):
+        pytest.skip(f"{needed[1]} is not installed")
     assert line in printed
     assert "hunter2" not in printed
 
@@ -2987,7 +3006,10 @@ def test_mail_is_encrypted_where_the_server_offers_it(start: Start) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
-def test_smtps_is_encrypted_and_sends_the_password(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["smtps", "smtp"])
+def test_where_mail_is_encrypted_the_password_is_sent(
+    start: Start, tmp_path: Path, scheme: str
+) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -2995,13 +3017,25 @@ def test_smtps_is_encrypted_and_sends_the_password(start: Start, tmp_path: Path)
     subprocess.run(command, check=True, capture_output=True)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate, key)
-    with MailServer(tls) as server:
-        url = f"smtps://us%40example.com:hunter%202@localhost:{server.port}"
+    with MailServer(tls) if scheme == "smtps" else MailServer(starttls=tls) as server:
+        url = f"{scheme}://us%40example.com:hunter%202@localhost:{server.port}"
         service = start(SMTP_URL=url, MAIL_FROM="us@example.com", SSL_CERT_FILE=str(certificate))
         email = register(service).json()["email"]
         (mail,) = eventually(lambda: server.mails_to(email))
         assert mail["from"] == "us@example.com"
         assert server.credentials == [b"\0us@example.com\0hunter 2"]
+        server.shutdown()
+
+
+def test_where_nothing_is_encrypted_neither_the_password_nor_the_mail_is_sent(start: Start) -> None:
+    """A server without STARTTLS, or somebody on the way to it who says that it has none."""
+    with MailServer() as server:
+        service = start(SMTP_URL=f"smtp://us:hunter2@127.0.0.1:{server.port}")
+        register(service)
+        line = "mail not sent: the server offers no encryption, and SMTP_URL has a password\n"
+        eventually(lambda: line in service.log.read_text(), 8)
+        assert (server.credentials, server.mails) == ([], [])
+        assert "hunter2" not in service.log.read_text()
         server.shutdown()
 
 
@@ -4495,6 +4529,12 @@ class Window:
         assert "exceptionDetails" not in got, got
         return got["result"].get("value")
 
+    def reload(self) -> None:
+        """Ends when the new page is there: Page.reload ends while the old one may still be."""
+        self.do("window.old = true")
+        self.call("Page.reload")
+        eventually(lambda: self.do("!window.old && document.readyState === 'complete'"), 20)
+
     def text(self) -> str:
         return " ".join(self.do("document.body?.innerText ?? ''").split())
 
@@ -4672,7 +4712,7 @@ def test_the_page_stays_signed_in_and_renews_an_expired_token_once(
 ) -> None:
     window = windows()
     window.sign_up("Dora")
-    window.call("Page.reload")
+    window.reload()
     window.see("You are Dora")
     expired = "sessionStorage.tokens = JSON.stringify({ ...tokens, access_token: 'e.x.pired' })"
     window.do(f"{expired}; tokens = JSON.parse(sessionStorage.tokens)")
@@ -4682,7 +4722,7 @@ def test_the_page_stays_signed_in_and_renews_an_expired_token_once(
     asked = [url.removeprefix(demo.address) for url in window.asked()[before:]]
     assert asked[:3] == ["/api/v1/posts", "/api/v1/auth/refresh", "/api/v1/posts"]
     assert asked.count("/api/v1/auth/refresh") == 1
-    window.call("Page.reload")
+    window.reload()
     window.see("You are Dora")
     window.do("tokens = { access_token: 'e.x.pired', refresh_token: 'e.x.pired' }")
     window.write("With no session", "It fails.")
@@ -4904,12 +4944,13 @@ def test_the_docs_work_in_a_browser_without_a_network(windows: Windows, demo: Se
         window.call("Input.insertText", text=text)
     window.do("document.querySelector('.auth-btn-wrapper .authorize').click()")
     window.find(".modal-ux button", "Logout")
-    window.call("Page.reload")
+    window.reload()
     eventually(lambda: window.do(blocks) == routes, 20)
     window.do("document.querySelector('#operations-posts-create_post button').click()")
-    ready = "document.querySelector('#operations-posts-create_post .execute')"
-    eventually(lambda: window.do(f"!!{ready}"))
-    window.do(f"{ready}.click()")
+    execute = "document.querySelector('#operations-posts-create_post .execute')"
+    body = "ui.oas3Selectors.requestBodyValue('/api/v1/posts', 'post')"  # there after the button
+    eventually(lambda: window.do(f"!!{execute} && !!{body}"))
+    window.do(f"{execute}.click()")
     window.see('"title": "Bees"', '"full_name": "Ann"')
     assert window.complaints() == []
 
@@ -5533,6 +5574,10 @@ def test_an_app_may_check_tokens_by_itself_as_readme_shows(service: Service) -> 
     assert user_id(person.tokens["access_token"], KEY) == person.id
     person.api.post("/auth/logout")
     assert user_id(person.tokens["access_token"], KEY) == person.id  # as README warns
+    claims = jwt.get_unverified_claims(person.tokens["access_token"])
+    for short in ("", "x" * 31):
+        with pytest.raises(ValueError, match="32 bytes"):
+            user_id(jwt.encode(claims, short, algorithm="HS256"), short)
     forged = forgeries(person)
     for wrong in ("sid of a strange kind", "sub of a strange kind", "junk behind it"):
         del forged[wrong]  # only the service itself looks so closely
