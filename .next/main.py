@@ -56,7 +56,7 @@ from math import ceil
 from multiprocessing import parent_process
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import quote, unquote
 
 import anyio
@@ -254,17 +254,12 @@ UVICORN_SHOWS_QUERIES = ('%s - "WebSocket', "connection ", "Invalid UTF-8")
 
 class JSONFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "level": record.levelname,
-            "message": record.getMessage(),
-        }
-        for name in REQUEST_FIELDS:
-            if hasattr(record, name):
-                entry[name] = getattr(record, name)
+        message = record.getMessage()
         if record.exc_info:
-            entry["message"] += f"\n{self.formatException(record.exc_info)}"
-        return json.dumps(entry)
+            message += f"\n{self.formatException(record.exc_info)}"
+        entry = {"time": utc_now().isoformat(), "level": record.levelname, "message": message}
+        fields = [name for name in REQUEST_FIELDS if hasattr(record, name)]
+        return json.dumps(entry | {name: getattr(record, name) for name in fields})
 
 
 def is_safe_to_log(record: logging.LogRecord) -> bool:
@@ -418,6 +413,12 @@ def on_begin(connection: sa.Connection) -> None:
     sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
 
 
+def on_reset(connection: Any, _: Any, __: Any) -> None:
+    """SQLAlchemy leaves the transaction open when a COMMIT fails."""
+    if connection.driver_connection.in_transaction:
+        connection.rollback()
+
+
 def on_connect_postgres(dialect: Any, _: Any, args: Any, kwargs: Any) -> Any:
     try:
         return dialect.connect(*args, **kwargs)
@@ -433,15 +434,20 @@ if settings.sqlite_file:
     write_engine = create_async_engine(settings.database_url, pool_size=1, **options)
     options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves time
     read_engine = create_async_engine(settings.database_url, pool_size=2, **options)
+    health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
     sa.event.listen(write_engine.sync_engine, "connect", on_connect_writer)
     sa.event.listen(write_engine.sync_engine, "begin", on_begin)
+    sa.event.listen(write_engine.sync_engine, "reset", on_reset)
     sa.event.listen(read_engine.sync_engine, "connect", on_connect_reader)
+    sa.event.listen(health_engine.sync_engine, "connect", on_connect_reader)
 else:
     timeouts = {"lock_timeout": "5000", "statement_timeout": "5000"}
     options |= {"connect_args": {"timeout": 5, "server_settings": timeouts}, "pool_pre_ping": True}
     write_engine = create_async_engine(settings.database_url, **options)
     read_engine = write_engine.execution_options(postgresql_readonly=True)
+    health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
     sa.event.listen(write_engine.sync_engine, "do_connect", on_connect_postgres)
+    sa.event.listen(health_engine.sync_engine, "do_connect", on_connect_postgres)
 
 
 class Generation:
@@ -570,6 +576,7 @@ async def database_lifespan() -> AsyncIterator[None]:
         await (await session.connection()).run_sync(make_tables)
     yield
     await read_engine.dispose()
+    await health_engine.dispose()
     await write_engine.dispose()
 
 
@@ -656,12 +663,13 @@ def add_state(scope: Scope) -> dict[str, Any]:
     """What chapters want to know of a request, and the headers that they add to its answer."""
     headers = dict(scope["headers"])
     sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
-    request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
+    request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
     root_path = scope.get("root_path", "")
     is_below = scope["path"].startswith(f"{root_path}/")
     state: dict[str, Any] = scope.setdefault("state", {})
     state["request_id"] = request_id
-    state["path"] = scope["path"].removeprefix(root_path) if is_below else scope["path"]
+    path = scope["path"].removeprefix(root_path) if is_below else scope["path"]
+    state["path"] = path.removesuffix("\n")  # routes ignore it, too
     state["client"] = scope["client"][0] if scope.get("client") else ""
     state["status"] = 0
     state["request_headers"] = headers
@@ -708,14 +716,14 @@ def log_request(scope: Scope, seconds: float) -> None:
     fields = {
         "request_id": state["request_id"],
         "method": scope.get("method", "WEBSOCKET"),
-        "path": quote(scope["path"][:200]),  # quoted, so that one line never looks like two
+        "path": scope["raw_path"][:200].decode("ascii", "replace"),  # percent-encoded, one line
         "status": state["status"],
         "ms": round(seconds * 1000, 1),
-        "client": quote(state["client"][:50], safe=":"),
+        "client": state["client"][:50],
         "user_id": state.get("user_id"),
     }
     line = "%(method)s %(path)s %(status)s %(ms)s ms %(client)s user=%(user_id)s %(request_id)s"
-    logger.info(line, fields, extra=fields)
+    logger.info(line, fields, extra=fields if settings.production else None)
 
 
 class RequestMiddleware:
@@ -774,7 +782,8 @@ class RequestMiddleware:
                 await send({"type": "http.response.body"})
 
 
-with_telemetry = settings.otel_exporter_otlp_endpoint is not None
+TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")  # the last one: to that endpoint
+telemetry: Any = dict.fromkeys(TELEMETRY, settings.otel_exporter_otlp_endpoint is not None)
 app = FastAPI(
     title="Nutshell",
     summary="A complete API service in one file",
@@ -785,15 +794,21 @@ app = FastAPI(
     redirect_slashes=False,  # the redirect would repeat the Host that the client sent
     generate_unique_id_function=lambda route: route.name,
     responses=errors(400, 413, 500, 503),
-    telemetry={"tracing": with_telemetry, "metrics": with_telemetry, "logs": with_telemetry},
+    telemetry=telemetry,
     middleware=[Middleware(RequestMiddleware)],
     exception_handlers=exception_handlers,
 )
 
 
-async def ping_database() -> None:
-    async with DatabaseSession(read_engine) as session:
-        await session.exec(select(1))
+async def is_database_up() -> bool:
+    """Asks on a connection of its own, since all others may be busy."""
+    try:
+        async with DatabaseSession(health_engine) as session:
+            await session.exec(select(1))
+    except (exc.SQLAlchemyError, sqlite3.Error, APIError) as error:
+        logger.error("the database does not answer: %s", type(error).__name__)
+        return False
+    return True
 
 
 @app.head("/health", include_in_schema=False)
@@ -801,9 +816,11 @@ async def ping_database() -> None:
 async def get_health() -> dict[str, str]:
     """Does the database answer within a second?"""
     try:  # a statement that hangs cannot be cancelled: it is left behind
-        await asyncio.wait_for(asyncio.shield(ping_database()), 1)
+        is_up = await asyncio.wait_for(asyncio.shield(is_database_up()), 1)
     except TimeoutError:
-        raise APIError("UNAVAILABLE", "The database does not answer") from None
+        is_up = False
+    if not is_up:
+        raise APIError("UNAVAILABLE", "The database does not answer")
     return {"status": "healthy"}
 
 
@@ -818,6 +835,7 @@ async def get_docs() -> HTMLResponse:
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
         swagger_favicon_url="docs/favicon-32x32.png",
+        swagger_ui_parameters={"persistAuthorization": True, "tryItOutEnabled": True},
     )
 
 
@@ -886,7 +904,7 @@ class Limiter:
             return
         name, quota, seconds = limit
         count, left = await self.store.hit(f"{name}:{quota}:{key}", seconds)
-        wait = max(1, ceil(left))
+        wait = max(1, min(seconds, ceil(left)))
         headers = state["response_headers"]
         if count > quota or b"ratelimit" not in headers:
             headers[b"ratelimit-policy"] = f'"{name}";q={quota};w={seconds}'.encode()
@@ -944,7 +962,7 @@ async def run_bcrypt(work: Callable[[bytes, bytes], Result], password: str, salt
     """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
     if hashing_threads.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
         raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
-    digest = base64.b64encode(hashlib.sha256(password.encode()).digest())
+    digest = base64.b64encode(hashlib.sha256(password.encode(errors="surrogatepass")).digest())
     return await anyio.to_thread.run_sync(work, digest, salt.encode(), limiter=hashing_threads)
 
 
@@ -987,8 +1005,8 @@ lifespans.append(signing_key_lifespan)
 class TokenClaims(BaseModel):
     """What every token must say."""
 
-    sub: int  # JSON has it as a text
-    sid: str
+    sub: Id  # JSON has it as a text
+    sid: Annotated[str, NO_NUL]
     jti: str
     type: TokenType
     iat: int
@@ -1107,7 +1125,8 @@ class TokenBearer(OAuth2PasswordBearer):
     async def __call__(self, request: HTTPConnection) -> str | None:
         header = request.headers.get("Authorization")
         protocols = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        if header is None and protocols[0] == "bearer":  # how a browser sends it
+        is_socket = request.scope["type"] == "websocket"  # the cache looks at Authorization alone
+        if header is None and is_socket and protocols[0] == "bearer":  # how a browser sends it
             return protocols[-1].strip()
         if header is None:
             return None
@@ -1117,6 +1136,15 @@ class TokenBearer(OAuth2PasswordBearer):
 
 BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
 ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
+
+
+class Identity(NamedTuple):
+    """Who a token stands for, until it expires."""
+
+    expires: int
+    user: UserRead
+
+
 identities = Memory(independent_of=frozenset({"post", "comment"}))
 USER_OF_TOKEN = (
     select(User)
@@ -1140,15 +1168,16 @@ async def get_optional_user(
     """None without a token. One that is sent must be good."""
     if token is None:
         return None
-    claims = decode_token(token, "access")
-    key = (claims.sid, claims.sub)
-    generation, user = await identities.get(key)
-    if user is None:
-        user = UserRead.model_validate(await find_user_of_token(session, claims))
+    generation, identity = await identities.get(token)
+    if identity is None or identity.expires <= utc_now().timestamp():
+        claims = decode_token(token, "access")
+        user = await find_user_of_token(session, claims)
         await session.close()  # who waits for the writer, or for a hash, must hold no connection
-        identities.keep(key, user, 5_000, generation)
-    request.state.user_id = claims.sub  # for the log
-    return cast(UserRead, user)
+        identity = Identity(claims.exp, UserRead.model_validate(user))
+        identities.keep(token, identity, len(token) + 5_000, generation)
+    me: UserRead = identity.user
+    request.state.user_id = me.id  # for the log
+    return me
 
 
 OptionalUser = Annotated[UserRead | None, Depends(get_optional_user)]
@@ -1345,14 +1374,16 @@ class PostUpdate(StrictBody):
 
 
 class Post(PostCreate, TableBase, table=True):
-    # Each list has an index for its filter and its order.
+    # Each order has an index, which holds what lists filter by: no row is read that is not shown.
     __table_args__: Any = (
-        sa.Index("ix_post_is_published", "is_published"),
-        sa.Index("ix_post_author", "is_published", "author_id"),
+        sa.Index("ix_post_id", "is_published", "id", "author_id", "created_at"),
+        sa.Index("ix_post_created_at", "is_published", "created_at", "id", "author_id"),
+        sa.Index(
+            "ix_post_updated_at", "is_published", "updated_at", "id", "author_id", "created_at"
+        ),
+        sa.Index("ix_post_title", "is_published", "title", "id", "author_id", "created_at"),
+        sa.Index("ix_post_author", "is_published", "author_id", "created_at"),
         sa.Index("ix_post_author_id", "author_id"),
-        sa.Index("ix_post_created_at", "is_published", "created_at"),
-        sa.Index("ix_post_updated_at", "is_published", "updated_at"),
-        sa.Index("ix_post_title", "is_published", "title"),
         {"sqlite_autoincrement": True},
     )
     __mapper_args__ = {"version_id_col": sa.Column("version", sa.Integer, nullable=False)}
@@ -1421,7 +1452,7 @@ async def paginate(
     reads the rows of this page alone."""
     table = statement.column_descriptions[0]["entity"]
     if count is None:
-        count = statement.with_only_columns(func.count())
+        count = statement.with_only_columns(func.count(), maintain_column_froms=True)
     total = (await session.exec(count)).one()
     offset = (query.page - 1) * query.size
     items: list[Item] = []
@@ -1498,6 +1529,24 @@ async def announce_post(kind: EventKind, post: Post, subject: SQLModel | None = 
         await announce(kind, subject or PostRead.model_validate(post))
 
 
+def filter_posts(query: PostQuery, walks_times: bool) -> Any:
+    """The published posts that fit. Unless the list walks the index of times, the column is hidden
+    from the planner: it would sort all posts of a year to show twenty."""
+    statement = select(Post).where(Post.is_published)
+    created_at: Any = Post.created_at
+    if not walks_times:
+        created_at = func.coalesce(created_at, created_at)
+    if query.author:
+        names = [col(User.first_name), col(User.last_name)]
+        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
+        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
+    if query.min_date:
+        statement = statement.where(created_at >= query.min_date)
+    if query.max_date:
+        statement = statement.where(created_at <= query.max_date)
+    return statement
+
+
 posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
 
 
@@ -1506,24 +1555,19 @@ async def list_posts(
     query: Annotated[PostQuery, Query()], me: OptionalUser, session: ReadSession
 ) -> Page[PostRead]:
     """Published posts, newest first. `before` reads on from a post, fast however many there are."""
-    statement = select(Post).where(Post.is_published)
-    if query.author:
-        names = [col(User.first_name), col(User.last_name)]
-        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
-        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
-    if query.min_date:
-        statement = statement.where(Post.created_at >= query.min_date)
-    if query.max_date:
-        statement = statement.where(Post.created_at <= query.max_date)
+    sort = query.sort or "-id"
+    column = getattr(Post, sort.removeprefix("-"))
+    statement = filter_posts(query, column is Post.created_at)
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
         return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
-    sort = query.sort or "-id"
-    column = getattr(Post, sort.removeprefix("-"))
-    order = (column.desc() if sort.startswith("-") else column, col(Post.id).desc())
-    is_filtered = query.author or query.min_date or query.max_date
-    count = None if is_filtered else COUNT_PUBLISHED
+    order: tuple[Any, ...] = (column, Post.id)
+    if sort.startswith("-"):
+        order = (column.desc(), col(Post.id).desc())
+    count = COUNT_PUBLISHED
+    if query.author or query.min_date or query.max_date:
+        count = filter_posts(query, True).with_only_columns(func.count())
     return await paginate(session, statement, order, query, PostRead, count)
 
 
@@ -1889,7 +1933,7 @@ class VerifyQuery(BaseModel):
 
     model_config = {"extra": "forbid"}
 
-    role: Role = "user"
+    role: list[Role] = Field(default=["user"], max_length=1)  # a list, or the last one would win
 
 
 @app.get(
@@ -1897,7 +1941,7 @@ class VerifyQuery(BaseModel):
 )
 async def verify(query: Annotated[VerifyQuery, Query()], me: CurrentUser) -> Response:
     """Who sent this token? With `role=admin` only admins pass."""
-    if query.role == "admin" and not me.is_superuser:
+    if "admin" in query.role and not me.is_superuser:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
     keep = string.punctuation.replace("%", "") + " "
     return Response(
@@ -1918,6 +1962,7 @@ path_limits[f"{API}/auth/verify"] = None
 # What anybody may read comes from memory, ready as it was sent before, until the next commit.
 
 
+POSTS_PATH = f"{API}/posts"  # of comments, too
 answers = Memory()
 
 
@@ -1947,38 +1992,31 @@ class CacheMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_get = scope["type"] == "http" and scope["method"] == "GET"
-        if not (is_get and scope["state"]["path"].startswith(f"{API}/posts")):
+        if scope.get("method") != "GET" or not scope["state"]["path"].startswith(POSTS_PATH):
             return await self.app(scope, receive, send)
         request_headers = scope["state"]["request_headers"]
         headers = scope["state"]["response_headers"]
-        # CORS adds Origin where one was sent.
-        headers[b"vary"] = b"Authorization" + b", Origin" * (b"origin" not in request_headers)
+        has_origin = b"origin" in request_headers  # then CORS names it
+        headers[b"vary"] = b"Authorization" if has_origin else b"Origin, Authorization"
         if b"authorization" in request_headers:
             return await self.app(scope, receive, send)
-        answer, found = await self.find(scope, receive)
+        key = (scope["path"], scope["query_string"], scope.get("root_path"))
+        generation, remembered = await answers.get(key)
+        answer = remembered or await collect_answer(self.app, scope, receive)
         if answer.status == 200:
+            if remembered is None:
+                size = len(answer.body) + len(scope["path"]) + len(scope["query_string"]) + 1_000
+                answers.keep(key, answer, size, generation)
+            if generation:
+                headers[b"x-cache"] = b"hit" if remembered else b"miss"
             headers[b"etag"] = answer.etag
             headers[b"cache-control"] = b"public, max-age=0, must-revalidate"
-            headers |= found
             known = request_headers.get(b"if-none-match", b"")
             if answer.etag in known or known.strip() == b"*":
                 answer = Answer(304, [], b"", answer.etag)
         start = {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
         await send(start)
         await send({"type": "http.response.body", "body": answer.body})
-
-    async def find(self, scope: Scope, receive: Receive) -> tuple[Answer, dict[bytes, bytes]]:
-        """The answer, and the header that says where it is from."""
-        key = (scope["path"], scope["query_string"], scope.get("root_path"))
-        generation, answer = await answers.get(key)
-        if answer:
-            return answer, {b"x-cache": b"hit"}
-        answer = await collect_answer(self.app, scope, receive)
-        if answer.status == 200:
-            size = len(answer.body) + len(scope["path"]) + len(scope["query_string"]) + 1_000
-            answers.keep(key, answer, size, generation)
-        return answer, {b"x-cache": b"miss"} if generation else {}
 
 
 app.user_middleware.append(Middleware(CacheMiddleware))
@@ -1990,7 +2028,8 @@ app.user_middleware.append(Middleware(CacheMiddleware))
 
 MAX_LISTENERS = 1_000
 MAX_LISTENERS_OF_CLIENT = 60
-MAX_EVENTS = 1_000
+MAX_EVENTS = 1_000  # that can be replayed
+MAX_BEHIND = 10_000  # events that a connected listener may be behind, as while a user is deleted
 
 
 class Event(NamedTuple):
@@ -2003,14 +2042,16 @@ class Event(NamedTuple):
 class EventHub:
     def __init__(self) -> None:
         self.bus: Callable[[Event], Awaitable[None]] = self.add
-        self.start()
+        lifespans.append(self.start)
 
-    def start(self) -> None:
+    @asynccontextmanager
+    async def start(self) -> AsyncIterator[None]:
         self.run = secrets.token_hex(4)
         self.published = 0
-        self.log: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.log: deque[Event] = deque(maxlen=MAX_BEHIND)
         self.position = 0  # behind the newest event: so many have ever been in the log
         self.changed = asyncio.Event()
+        yield
 
     async def publish(self, kind: str, post_id: int, data: str) -> None:
         self.published += 1
@@ -2023,10 +2064,11 @@ class EventHub:
         self.changed = asyncio.Event()
 
     def position_after(self, event_id: str) -> int:
-        """-1 if this id is unknown."""
+        """-1 if this id is unknown or too old."""
         run, _, number = event_id.rpartition("-")
         is_ours = run == self.run and number.isdecimal() and len(number) < 16
-        return int(number) if is_ours and int(number) <= self.position else -1
+        missed = self.position - int(number) if is_ours else -1
+        return int(number) if 0 <= missed <= MAX_EVENTS else -1
 
     async def subscribe(self, position: int, post_id: int | None = None) -> AsyncIterator[Event]:
         """What comes after this position. Where the log no longer has it: `reset`."""
@@ -2153,8 +2195,9 @@ class Room:
 def check_origin(websocket: WebSocket) -> None:
     """A page of another site must not open a socket from the browser of a user."""
     origin = websocket.headers.get("origin")
-    own = f"://{websocket.headers.get('host')}"
-    if origin and not origin.endswith(own) and not {origin, "*"} & set(settings.cors_origins):
+    host = websocket.headers.get("host")
+    known = {f"http://{host}", f"https://{host}", *settings.cors_origins}
+    if origin and origin not in known and "*" not in known:
         raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
 
 
@@ -2171,8 +2214,8 @@ async def join_room(
     room = Room(websocket, post.id, me)
     event_position = events.position
     chat_position = chat.position
-    has_protocol = "sec-websocket-protocol" in websocket.headers
-    await websocket.accept("bearer" if has_protocol else None)
+    is_browser = "bearer" in websocket.scope["subprotocols"]
+    await websocket.accept("bearer" if is_browser else None)
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(room.receive())
@@ -2211,10 +2254,11 @@ def deliver(to: str, subject: str, body: str) -> None:
     connect = partial(smtplib.SMTP_SSL, context=tls) if is_smtps else smtplib.SMTP
     with connect(host, url.port or 0, timeout=5) as server:
         server.ehlo()
-        if server.has_extn("starttls"):
+        if server.has_extn("starttls") and not is_smtps:
             server.starttls(context=tls)
         elif url.username and not is_smtps:
-            return logger.error("mail not sent: the server has no STARTTLS for SMTP_URL's password")
+            logger.error("mail not sent: the server has no STARTTLS, and SMTP_URL has a password")
+            return
         if url.username:
             server.login(unquote(url.username), unquote(url.password or ""))
         server.send_message(mail, settings.mail_from, [to])
@@ -2223,7 +2267,7 @@ def deliver(to: str, subject: str, body: str) -> None:
 def deliver_or_log(to: str, subject: str, body: str) -> None:
     try:
         deliver(to, subject, body)
-    except (OSError, ValueError) as error:  # its text may hold the email
+    except Exception as error:  # the email package raises all kinds; its text may hold the email
         logger.error("mail not sent: %s", type(error).__name__)
     finally:
         mail_threads.discard(threading.current_thread())
@@ -2231,12 +2275,13 @@ def deliver_or_log(to: str, subject: str, body: str) -> None:
 
 def send_mail(to: str, subject: str, body: str) -> None:
     if settings.smtp_url is None and settings.production:
-        return logger.warning("mail not sent: SMTP_URL is not set")
-    if len(mail_threads) >= MAX_MAILS:
-        return logger.error("mail not sent: %s are under way", MAX_MAILS)
-    thread = threading.Thread(target=deliver_or_log, args=(to, subject, body), daemon=True)
-    mail_threads.add(thread)
-    thread.start()
+        logger.warning("mail not sent: SMTP_URL is not set")
+    elif len(mail_threads) >= MAX_MAILS:
+        logger.error("mail not sent: %s are under way", MAX_MAILS)
+    else:
+        thread = threading.Thread(target=deliver_or_log, args=(to, subject, body), daemon=True)
+        mail_threads.add(thread)
+        thread.start()
 
 
 async def mail_what_happened(kind: EventKind, subject: Any) -> None:

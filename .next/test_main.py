@@ -4,15 +4,18 @@ One server runs in a thread of this process, with a database in a temporary fold
 as a stranger would, over HTTP; constants of main are changed instead of waited for.
 """
 
+import asyncio
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +47,7 @@ import main  # noqa: E402  main reads its settings when it is imported
 # --- Helpers --------------------------------------------------------------------------------------
 # Verbs that the tests below are written in.
 
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # httpx would read all certificates each time
 numbers = count(1)
 open_clients = ExitStack()
 on_sqlite = main.settings.sqlite_file is not None
@@ -66,6 +70,27 @@ def wait_until(condition, seconds=5):
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
     return found
+
+
+def at_once(number, work):
+    """What so many calls return that are made at the same time."""
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(work, range(number)))
+
+
+def hold_result(monkeypatch, name):
+    """The next call of a function of main does its work, but returns only when it may."""
+    work, begun, may_return = getattr(main, name), threading.Event(), threading.Event()
+
+    async def held(*args):
+        result = await work(*args)
+        monkeypatch.setattr(main, name, work)
+        begun.set()
+        await asyncio.to_thread(may_return.wait, 5)
+        return result
+
+    monkeypatch.setattr(main, name, held)
+    return begun, may_return
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +127,7 @@ def as_person(client, email, password=PASSWORD):
     """Signs in somebody who has an account."""
     tokens = log_in(client, email, password)
     headers = {"Authorization": f"Bearer {tokens['access_token']}"}
-    api = httpx.Client(base_url=client.base_url, headers=headers, timeout=10)
+    api = httpx.Client(base_url=client.base_url, headers=headers, timeout=10, verify=NO_TLS)
     open_clients.enter_context(api)
     return Person(api.get("/users/me").json()["id"], email, api, tokens)
 
@@ -177,7 +202,8 @@ class Listener:
 
     def __exit__(self, *error):
         stream = self.response.extensions["network_stream"]
-        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)  # wakes the thread
+        with suppress(OSError):  # the server has hung up already
+            stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)  # wakes the thread
         self.thread.join()
         self.request.__exit__(None, None, None)
 
@@ -192,7 +218,7 @@ def enter_room(url, person, post_id, **options):
     """A WebSocket in the room of a post."""
     address = url.replace("http://", "ws://") + f"/api/v1/ws/posts/{post_id}"
     headers = {"Authorization": person.api.headers["Authorization"]}
-    return connect(address, additional_headers=headers, **options)
+    return connect(address, **{"additional_headers": headers} | options)
 
 
 @contextmanager
@@ -216,9 +242,12 @@ def run_main(folder, **settings):
         log.close()
 
 
+probe = httpx.Client(headers={"Connection": "close"})  # to make one for each try takes long
+
+
 def is_healthy(address):
     try:
-        return httpx.get(f"{address}/health").status_code == 200
+        return probe.get(f"{address}/health").status_code == 200
     except httpx.TransportError:
         return False
 
