@@ -568,8 +568,7 @@ def make_tables(connection: sa.Connection) -> None:
                 raise StartError(f"DATABASE_URL: {problem}. README says how to change a table")
 
 
-@asynccontextmanager
-async def database_lifespan() -> AsyncIterator[None]:
+async def open_database() -> AsyncIterator[None]:
     if settings.sqlite_file and not settings.sqlite_file.exists():
         settings.sqlite_file.touch(mode=0o600)
     async with prepare_database() as session:
@@ -611,7 +610,7 @@ class StrictBody(SQLModel):
 # --- Application ----------------------------------------------------------------------------------
 # The app, and what every request passes. This is all that it knows of the chapters below:
 #
-#   1. Start and stop   `lifespans`: Passwords, Accounts, Users, Mail and Demo append theirs.
+#   1. Start and stop   `@at_start`: Passwords, Accounts, Users, Live events, Mail and Demo.
 #   2. What happened    `await announce(kind, schema)` after a commit calls each of the `listeners`:
 #                       Live events and Mail.
 #   3. Each request     `app.user_middleware`, in this order: RequestMiddleware and CORS,
@@ -631,15 +630,23 @@ CommentEvent = Literal["comment.created", "comment.deleted"]
 EventKind = UserEvent | PostEvent | CommentEvent
 
 body_limits: dict[str, int] = {}  # by the beginning of a path
-lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = [database_lifespan]
+lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
 listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
 notices: list[str] = []  # shown at the start and on the page
+
+
+def at_start(function: Callable[[], AsyncIterator[None]]) -> None:
+    """A decorator: what stands before `yield` is done at the start, what follows at the stop."""
+    lifespans.append(asynccontextmanager(function))
 
 
 async def announce(kind: EventKind, subject: SQLModel) -> None:
     """Tells the listeners what has been committed. The subject is an outgoing schema."""
     for listener in listeners:
         await listener(kind, subject)
+
+
+at_start(open_database)
 
 
 @asynccontextmanager
@@ -711,6 +718,11 @@ async def answer_uncaught(scope: Scope, error: BaseException) -> Response:
     return await handle_http_error(HTTPConnection(scope), error)
 
 
+def is_hung_up(error: BaseException) -> bool:
+    """How FastAPI says that the client of a stream has gone while an event was on its way."""
+    return isinstance(error, ExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
+
+
 def log_request(scope: Scope, seconds: float) -> None:
     state = scope["state"]
     fields = {
@@ -776,6 +788,8 @@ class RequestMiddleware:
             if not scope["state"]["status"]:  # no answer has begun
                 response = await answer_uncaught(scope, error)
                 await response(scope, receive, send)
+            elif is_hung_up(error):
+                pass
             elif not isinstance(error, asyncio.CancelledError):
                 raise  # half an answer: the server logs the error and hangs up
             elif scope["type"] == "http":  # a stop ends a stream
@@ -815,11 +829,9 @@ async def is_database_up() -> bool:
 @app.get("/health", tags=["health"])
 async def get_health() -> dict[str, str]:
     """Does the database answer within a second?"""
-    try:  # a statement that hangs cannot be cancelled: it is left behind
-        is_up = await asyncio.wait_for(asyncio.shield(is_database_up()), 1)
-    except TimeoutError:
-        is_up = False
-    if not is_up:
+    ping = asyncio.create_task(is_database_up())
+    await asyncio.wait([ping], timeout=1)  # one that hangs cannot be cancelled: it is left behind
+    if not ping.done() or not ping.result():
         raise APIError("UNAVAILABLE", "The database does not answer")
     return {"status": "healthy"}
 
@@ -992,14 +1004,11 @@ def get_signing_key() -> Any:
     return jwk.construct({"kty": "oct", "k": encoded}, "HS256")
 
 
-@asynccontextmanager
-async def signing_key_lifespan() -> AsyncIterator[None]:
+@at_start
+async def load_signing_key() -> AsyncIterator[None]:
     async with prepare_database():  # of processes that start together the first one makes it
         get_signing_key()
     yield
-
-
-lifespans.append(signing_key_lifespan)
 
 
 class TokenClaims(BaseModel):
@@ -1330,14 +1339,13 @@ async def logout(
     await session.commit()
 
 
-@asynccontextmanager
-async def login_sessions_lifespan() -> AsyncIterator[None]:
+@at_start
+async def delete_expired_sessions() -> AsyncIterator[None]:
     async with prepare_database() as session:
         await session.exec(sa.delete(LoginSession).where(col(LoginSession.expires_at) < utc_now()))
     yield
 
 
-lifespans.append(login_sessions_lifespan)
 app.include_router(auth)
 
 
@@ -1354,6 +1362,7 @@ async def get_me(me: CurrentUser) -> UserRead:
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
 Content = Annotated[str, Field(max_length=20_000), NotBlank, Examples(["They hum."])]
 Item = TypeVar("Item", bound=BaseModel)
+FILTERED_BY = ("author_id", "created_at")
 Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
 
 
@@ -1374,14 +1383,12 @@ class PostUpdate(StrictBody):
 
 
 class Post(PostCreate, TableBase, table=True):
-    # Each order has an index, which holds what lists filter by: no row is read that is not shown.
+    # Each order has an index that holds what lists filter by: only what is shown is read.
     __table_args__: Any = (
-        sa.Index("ix_post_id", "is_published", "id", "author_id", "created_at"),
+        sa.Index("ix_post_id", "is_published", "id", *FILTERED_BY),
         sa.Index("ix_post_created_at", "is_published", "created_at", "id", "author_id"),
-        sa.Index(
-            "ix_post_updated_at", "is_published", "updated_at", "id", "author_id", "created_at"
-        ),
-        sa.Index("ix_post_title", "is_published", "title", "id", "author_id", "created_at"),
+        sa.Index("ix_post_updated_at", "is_published", "updated_at", "id", *FILTERED_BY),
+        sa.Index("ix_post_title", "is_published", "title", "id", *FILTERED_BY),
         sa.Index("ix_post_author", "is_published", "author_id", "created_at"),
         sa.Index("ix_post_author_id", "author_id"),
         {"sqlite_autoincrement": True},
@@ -1465,6 +1472,9 @@ async def paginate(
     return Page(items=items, total=total, page=query.page, size=query.size, pages=pages)
 
 
+PageParams = Annotated[PageQuery, Query()]
+
+
 class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100), NO_NUL] = ""
     min_date: Annotated[datetime | None, BeforeValidator(parse_time, str)] = None
@@ -1485,6 +1495,8 @@ POST_BY_ID = select(Post).where(Post.id == sa.bindparam("post_id"))
 ALL_POSTS = select(func.count()).select_from(Post).scalar_subquery()
 DRAFTS = select(func.count()).where(~col(Post.is_published)).scalar_subquery()
 COUNT_PUBLISHED = select(ALL_POSTS - DRAFTS)  # faster than to count the published ones
+# By its index the planner would sort all posts of a year by title to show the first twenty.
+CREATED_AT_WITHOUT_INDEX = func.coalesce(Post.created_at, Post.created_at)
 
 
 def may_change(me: UserRead | None, author_id: int) -> bool:
@@ -1529,13 +1541,8 @@ async def announce_post(kind: EventKind, post: Post, subject: SQLModel | None = 
         await announce(kind, subject or PostRead.model_validate(post))
 
 
-def filter_posts(query: PostQuery, walks_times: bool) -> Any:
-    """The published posts that fit. Unless the list walks the index of times, the column is hidden
-    from the planner: it would sort all posts of a year to show twenty."""
+def filter_posts(query: PostQuery, created_at: Any) -> Any:
     statement = select(Post).where(Post.is_published)
-    created_at: Any = Post.created_at
-    if not walks_times:
-        created_at = func.coalesce(created_at, created_at)
     if query.author:
         names = [col(User.first_name), col(User.last_name)]
         fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
@@ -1557,17 +1564,16 @@ async def list_posts(
     """Published posts, newest first. `before` reads on from a post, fast however many there are."""
     sort = query.sort or "-id"
     column = getattr(Post, sort.removeprefix("-"))
-    statement = filter_posts(query, column is Post.created_at)
+    is_by_time = column is Post.created_at
+    statement = filter_posts(query, Post.created_at if is_by_time else CREATED_AT_WITHOUT_INDEX)
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
         return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
-    order: tuple[Any, ...] = (column, Post.id)
-    if sort.startswith("-"):
-        order = (column.desc(), col(Post.id).desc())
+    order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
     count = COUNT_PUBLISHED
     if query.author or query.min_date or query.max_date:
-        count = filter_posts(query, True).with_only_columns(func.count())
+        count = filter_posts(query, Post.created_at).with_only_columns(func.count())
     return await paginate(session, statement, order, query, PostRead, count)
 
 
@@ -1631,7 +1637,7 @@ app.include_router(posts)
 
 @app.get(f"{API}/users/me/posts", tags=["posts"], responses=errors(401, 422, 429))
 async def list_own_posts(
-    query: Annotated[PageQuery, Query()], me: CurrentUser, session: ReadSession
+    query: PageParams, me: CurrentUser, session: ReadSession
 ) -> Page[PostRead]:
     """Your own posts, newest first, drafts included."""
     statement = select(Post).where(Post.author_id == me.id)
@@ -1678,7 +1684,7 @@ comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 4
 
 @comments.get("/posts/{post_id}/comments", openapi_extra=ANONYMOUS_TOO)
 async def list_comments(
-    post: VisiblePost, query: Annotated[PageQuery, Query()], session: ReadSession
+    post: VisiblePost, query: PageParams, session: ReadSession
 ) -> Page[CommentRead]:
     """The comments on a post, oldest first."""
     statement = select(Comment).where(Comment.post_id == post.id)
@@ -1772,9 +1778,6 @@ async def get_own_user_id(user_id: UserId, me: CurrentUser) -> int:
     return user_id
 
 
-OwnUserId = Annotated[int, Depends(get_own_user_id)]
-
-
 async def check_still_superuser(session: AsyncSession, me: UserRead) -> None:
     """Looked at again where it counts: in the transaction, locked until the commit."""
     row = await session.get(User, me.id, with_for_update=True, populate_existing=True)
@@ -1810,6 +1813,10 @@ def check_may_change_role(sent: set[str], user_id: int, me: UserRead) -> None:
 
 
 users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
+
+
+async def end_logins(session: AsyncSession, user_id: int) -> None:
+    await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user_id))
 
 
 @users.get("", responses=errors(403))
@@ -1852,7 +1859,7 @@ async def get_user(user_id: UserId, me: CurrentUser, session: ReadSession) -> Us
 
 @users.patch("/{user}", responses=errors(403, 404, 409))
 async def update_user(
-    user_id: OwnUserId,
+    user_id: Annotated[int, Depends(get_own_user_id)],
     body: UserUpdate,
     me: CurrentUser,
     request: Request,
@@ -1872,7 +1879,7 @@ async def update_user(
     user = await find_user(session, user_id)
     user.sqlmodel_update(changes)
     if "password" in sent or not user.is_active:
-        await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user_id))
+        await end_logins(session, user_id)
     await commit_user(session)
     for field in sent & {"password", "role", "is_active"}:
         logger.info("user %s: %s changed by user %s", user_id, field, me.id)
@@ -1895,32 +1902,26 @@ async def delete_user(user_id: UserId, me: Superuser, session: WriteSession) -> 
         await announce("post.deleted", PostDeleted(id=post_id))
 
 
-async def make_first_superuser(session: AsyncSession, email: str, hashed_password: str) -> None:
+@at_start
+async def make_first_superuser() -> AsyncIterator[None]:
     """An admin who is there already is left alone."""
-    user = (await session.exec(select(User).where(User.email == email))).first()
-    if user and user.is_superuser:
-        return
-    user = user or User(email=email, hashed_password=hashed_password)
-    user.hashed_password = hashed_password
-    user.role = "admin"
-    user.is_active = True
-    session.add(user)
-    await session.flush()
-    await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user.id))
-
-
-@asynccontextmanager
-async def first_superuser_lifespan() -> AsyncIterator[None]:
     email = settings.first_superuser_email
     password = settings.first_superuser_password
     if email and password:
         hashed_password = await hash_password(password)
         async with prepare_database() as session:
-            await make_first_superuser(session, email, hashed_password)
+            user = (await session.exec(select(User).where(User.email == email))).first()
+            if user is None or not user.is_superuser:
+                user = user or User(email=email, hashed_password="")
+                user.hashed_password = hashed_password
+                user.role = "admin"
+                user.is_active = True
+                session.add(user)
+                await session.flush()
+                await end_logins(session, user.id)
     yield
 
 
-lifespans.append(first_superuser_lifespan)
 app.include_router(users)
 
 
@@ -2039,19 +2040,22 @@ class Event(NamedTuple):
     data: str  # JSON
 
 
+hubs: list["EventHub"] = []
+
+
 class EventHub:
     def __init__(self) -> None:
         self.bus: Callable[[Event], Awaitable[None]] = self.add
-        lifespans.append(self.start)
+        self.reset()
+        hubs.append(self)
 
-    @asynccontextmanager
-    async def start(self) -> AsyncIterator[None]:
+    def reset(self) -> None:
+        """A new log for a new start."""
         self.run = secrets.token_hex(4)
         self.published = 0
         self.log: deque[Event] = deque(maxlen=MAX_BEHIND)
         self.position = 0  # behind the newest event: so many have ever been in the log
         self.changed = asyncio.Event()
-        yield
 
     async def publish(self, kind: str, post_id: int, data: str) -> None:
         self.published += 1
@@ -2085,6 +2089,13 @@ class EventHub:
                     yield event
             else:
                 await changed.wait()
+
+
+@at_start
+async def reset_hubs() -> AsyncIterator[None]:
+    for hub in hubs:
+        hub.reset()
+    yield
 
 
 events = EventHub()
@@ -2295,8 +2306,8 @@ async def mail_what_happened(kind: EventKind, subject: Any) -> None:
         send_mail(settings.admin_email, "A post was published", body)
 
 
-@asynccontextmanager
-async def mail_lifespan() -> AsyncIterator[None]:
+@at_start
+async def wait_for_mails() -> AsyncIterator[None]:
     yield
     with anyio.move_on_after(STOP_SECONDS):
         for thread in list(mail_threads):
@@ -2304,7 +2315,6 @@ async def mail_lifespan() -> AsyncIterator[None]:
 
 
 listeners.append(mail_what_happened)
-lifespans.append(mail_lifespan)
 
 
 # --- Demo -----------------------------------------------------------------------------------------
@@ -2330,21 +2340,15 @@ Ann: Not done yet: The story of the walnut that fell up.
 """
 
 
-def remove_demo_files() -> None:
-    for suffix in ("", "-wal", "-shm", ".key"):
-        Path(f"{settings.sqlite_file}{suffix}").unlink(missing_ok=True)
-
-
 async def add_demo_people(session: AsyncSession) -> dict[str, int]:
     hashed_password = await hash_password(DEMO_PASSWORD)
-    ids = {}
+    people = {}
     for name, role in DEMO_ROLES.items():
         fields = {"email": f"{name.lower()}@example.com", "first_name": name, "role": role}
-        user = User.model_validate(fields, update={"hashed_password": hashed_password})
-        session.add(user)
-        await session.flush()
-        ids[name] = user.id
-    return ids
+        people[name] = User.model_validate(fields, update={"hashed_password": hashed_password})
+    session.add_all(people.values())
+    await session.flush()
+    return {name: user.id for name, user in people.items()}
 
 
 async def add_demo_posts(session: AsyncSession, ids: dict[str, int]) -> None:
@@ -2353,15 +2357,9 @@ async def add_demo_posts(session: AsyncSession, ids: dict[str, int]) -> None:
     for number, line in enumerate(lines, 1):
         first, *replies = line.split(" | ")
         name, title, content = first.split(": ")
-        created_at = utc_now() - timedelta(hours=5 * (len(lines) - number))
-        post = Post(
-            title=title,
-            content=content,
-            is_published=number < len(lines),
-            author_id=ids[name],
-            created_at=created_at,
-            updated_at=created_at,
-        )
+        post = Post(title=title, content=content, author_id=ids[name])
+        post.is_published = number < len(lines)
+        post.created_at = utc_now() - timedelta(hours=5 * (len(lines) - number))
         session.add(post)
         await session.flush()
         for reply in replies:
@@ -2369,23 +2367,25 @@ async def add_demo_posts(session: AsyncSession, ids: dict[str, int]) -> None:
             session.add(Comment(text=words, author_id=ids[name], post_id=post.id))
 
 
-@asynccontextmanager
-async def demo_files_lifespan() -> AsyncIterator[None]:
-    remove_demo_files()
+async def own_demo_files() -> AsyncIterator[None]:
+    suffixes = ("", "-wal", "-shm", ".key")
+    files = [Path(f"{settings.sqlite_file}{suffix}") for suffix in suffixes]
+    for file in files:
+        file.unlink(missing_ok=True)
     yield
-    remove_demo_files()
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
-@asynccontextmanager
-async def demo_lifespan() -> AsyncIterator[None]:
+async def fill_demo() -> AsyncIterator[None]:
     async with prepare_database() as session:
         await add_demo_posts(session, await add_demo_people(session))
     yield
 
 
 if settings.demo:
-    lifespans.insert(0, demo_files_lifespan)  # around all others: it ends last
-    lifespans.append(demo_lifespan)
+    lifespans.insert(0, asynccontextmanager(own_demo_files))  # around all others: it ends last
+    at_start(fill_demo)
     for name, role in DEMO_ROLES.items():
         notices.append(f"{name.lower()}@example.com  {DEMO_PASSWORD}  ({role})")
 
@@ -2601,7 +2601,6 @@ async def get_start_lines() -> list[str]:
     ]
 
 
-@asynccontextmanager
 async def print_start_lines() -> AsyncIterator[None]:
     print("\n".join(await get_start_lines()), flush=True)
     yield
@@ -2609,7 +2608,7 @@ async def print_start_lines() -> AsyncIterator[None]:
 
 if __name__ == "__main__":
     if not settings.production:
-        lifespans.append(print_start_lines)
+        at_start(print_start_lines)
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
         "__main__:app",
