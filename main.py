@@ -1,36 +1,32 @@
 """Nutshell: a complete API service in one file.
 
-Read it from top to bottom: nothing is used above the line that defines it.
+A book whose every chapter ends with a program that runs. From "Application" on you may cut the
+file at any banner: what stands above is a working service, and knows nothing of what was below.
 
-    Settings      what the environment may say, read once
-    Log           a line for each request
-    Errors        one shape for every refusal
-    Tables        what is stored, what comes in, what goes out
-    Database      many readers, one writer
-    Security      passwords, the signing key, tokens
-    Redis         what several processes share
-    Rate limiter  so many requests in a window of time
-    Cache         what was read is remembered until the next write
-    Live events   a log that listeners follow
-    Mail          sent in the background
-    Dependencies  who is asking, and may they?
-    Routes        accounts and tokens, users, posts, comments, live
-    Demo          people and posts to begin with
-    Pages         health, docs, and a page to try it all on
-    Front door    what every request passes
-    Assembly      the parts put together, and the server
+    Settings              what the environment says, read once
+    Logging               a line for each request
+    Errors                every error has one shape
+    Database              many readers, one writer; what is remembered until the next commit
+    Schemas               what tables and bodies have in common
+    Application           the app, what every request passes, and where chapters attach
+    Docs                  Swagger UI without a network
+    Rate limiter          so many requests in a window of time
+    Passwords and tokens  bcrypt and JWTs
+    Accounts              users, logins, and who is asking
+                          (up to here: a service for accounts and tokens)
+    Posts                 drafts, publishing, lists
+    Comments              the smallest example of it all
+                          (up to here: the minimal microservice)
+    Users                 what people and admins do with accounts
+    Verify                a proxy asks who somebody is
+    Cache                 anonymous answers come from memory
+    Live events           what happens to posts, as a stream
+    Rooms                 a WebSocket for each post
+    Mail                  sent in the background
+    Demo                  people and posts to begin with
+    The page              all of it, in a browser
+    python main.py        what is printed at the start, and the server
 """
-
-# For `uv run main.py`, the same as in requirements.txt:
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "fastapi==0.165.0", "starlette==1.10.0", "uvicorn[standard]==0.54.0", "bcrypt==5.0.0",
-#     "sqlmodel[asyncio]==0.0.50", "SQLAlchemy==2.1.9", "aiosqlite==0.22.1", "pydantic==2.14.3",
-#     "pydantic-settings==2.16.3", "python-jose==3.5.0", "python-multipart==0.0.34",
-#     "email-validator==2.4.0", "fastapi-swagger==0.4.64",
-# ]
-# ///
 
 import asyncio
 import base64
@@ -40,179 +36,182 @@ import logging
 import os
 import re
 import secrets
-import signal
 import smtplib
+import socket
 import sqlite3
 import ssl
 import string
 import sys
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
-from importlib import import_module
 from importlib.util import find_spec
 from ipaddress import IPv6Address, ip_address
 from math import ceil
 from multiprocessing import parent_process
 from pathlib import Path
-from shutil import rmtree
-from tempfile import TemporaryDirectory, mkdtemp
-from time import perf_counter, sleep
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from time import perf_counter
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
+from urllib.parse import quote, unquote
 
+import anyio
 import bcrypt
+import sqlalchemy as sa
 import uvicorn
-from anyio import CapacityLimiter, move_on_after, to_thread
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from fastapi.security import OAuth2PasswordBearer
+from fastapi.requests import HTTPConnection
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
-from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
-from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, StringConstraints, ValidationError
+from pydantic.functional_validators import field_validator, model_validator
 from pydantic.json_schema import Examples
-from pydantic.networks import IPvAnyAddress, IPvAnyNetwork
+from pydantic.networks import AnyUrl, IPvAnyAddress, IPvAnyNetwork, UrlConstraints
 from pydantic.types import StrictBool, StrictInt
-from pydantic_core import to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import Column, Connection, Integer, bindparam, delete, event, exc, make_url, update
-from sqlalchemy.dialects.sqlite import aiosqlite
+from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.orm.attributes import set_committed_value
-from sqlalchemy.pool import AsyncAdaptedQueuePool
-from sqlalchemy.util import await_
-from sqlalchemy.util.queue import AsyncAdaptedQueue, Empty
-from sqlmodel import AutoString, Field, Relationship, SQLModel, col, func, not_, or_, select
+from sqlalchemy.orm.exc import StaleDataError
+from sqlmodel import AutoString, Field, Relationship, Session, SQLModel, col, func, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 API = "/api/v1"
-now = partial(datetime.now, UTC)  # the one clock: UTC, like all that is stored and sent
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 # --- Settings -------------------------------------------------------------------------------------
-# All that the service may be told, read once from the environment or `.env`; nothing below looks
-# there again. A wrong value ends the start with one line: the name, the value, the rule.
+# Everything that can be configured, read once from the environment, `.env` or /run/secrets. A wrong
+# value ends the start with one line: the variable and the rule, never the value.
 
-NO_NUL = r"^[^\x00]*$"
+NO_NUL = StringConstraints(pattern=r"^[^\x00]*$")  # PostgreSQL cannot store it
+SECRETS_FOLDER = "/run/secrets" if Path("/run/secrets").is_dir() else None
 COMMON_PASSWORDS = """password passw0rd password1 12345678 123456789 1234567890 87654321 11111111
-    00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1"""
+    00000000 qwertyui qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine trustno1
+    football baseball princess"""
 
 
-def plain_email(address: str) -> str:
-    """One address and nothing around it, in lower case: nobody tells A@b.co from a@b.co."""
-    if len(address) > 254:  # reading a long one takes minutes
+def normalize_email(value: str) -> str:
+    if len(value) > 254:  # a long one would take minutes to check
         raise ValueError("must have at most 254 characters")
-    return validate_email(address.strip().lower(), check_deliverability=False).normalized
+    return validate_email(value.strip().lower(), check_deliverability=False).normalized
 
 
-def uncommon(password: str) -> str:
-    if password.lower() in COMMON_PASSWORDS.split():
-        raise ValueError("is among the passwords that are guessed first")
-    return password
+def check_password(value: str) -> str:
+    if value.lower() in COMMON_PASSWORDS.split():
+        raise ValueError("is one of the passwords that are guessed first")
+    return value
 
 
-def usable(client_of: Callable[[str], Any], url: str) -> str:
-    try:
-        client_of(url)  # does not connect yet
-    except ModuleNotFoundError as error:
-        raise ValueError(f"needs a package: pip install {error.name}") from None
-    except Exception:  # its text may hold the password
-        raise ValueError("must be a URL, its password percent-encoded") from None
-    return url
-
-
-def known_database(url: str) -> str:
-    if ":memory:" in url or "mode=memory" in url:
-        raise ValueError("every connection would have a :memory: of its own; name a file")
-    if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://", url):
+def check_database_url(value: str) -> str:
+    if ":memory:" in value or "mode=memory" in value:
+        raise ValueError("must name a file: each connection would have a :memory: of its own")
+    if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://.", value):
         raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
-    return usable(create_async_engine, url)
-
-
-def redis_client(url: str) -> Any:
-    """The package has to be there only for those who use it. Its own timeouts cost a lot."""
-    package: Any = import_module("redis")
-    client = package.asyncio.from_url(url, decode_responses=True, socket_timeout=None)
-    client.connection_pool.make_connection()  # knows what from_url does not look at
-    return client
+    if value.startswith("postgresql") and find_spec("asyncpg") is None:
+        raise ValueError("needs a package: pip install asyncpg==0.32.0")
+    try:
+        sa.make_url(value)
+    except (exc.ArgumentError, ValueError):  # its text shows the password
+        raise ValueError("must be a URL, its password percent-encoded") from None
+    return value
 
 
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
-Email = Annotated[str, EmailRules, AfterValidator(plain_email)]
-PasswordRules = StringConstraints(min_length=8, max_length=128, pattern=NO_NUL)
-Password = Annotated[str, PasswordRules, AfterValidator(uncommon)]
-Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+)$")]
-MAIL_HOST = r"(\[[\da-f:]+\]|[^@:/\s\[\]]+)(:\d{1,5})?"
-Rate = Annotated[str, StringConstraints(pattern=r"^([1-9]\d{0,8}/(second|minute|hour)|off)$")]
-RedisRules = StringConstraints(pattern=r"^(rediss?|unix)://")
-DatabaseUrl = Annotated[str, AfterValidator(known_database)]
-RedisUrl = Annotated[str, RedisRules, AfterValidator(partial(usable, redis_client))]
-SmtpRules = StringConstraints(pattern=rf"^smtps?://([^@/\s]*@)?{MAIL_HOST}/?$")
-SmtpUrl = Annotated[str, SmtpRules, AfterValidator(partial(usable, lambda url: urlsplit(url).port))]
+Email = Annotated[str, EmailRules, AfterValidator(normalize_email), Examples(["dora@example.com"])]
+PasswordRules = StringConstraints(min_length=8, max_length=128)
+Password = Annotated[str, PasswordRules, NO_NUL, AfterValidator(check_password)]
+DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
+PublicUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]*[^\s?#/]$")]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z\d+.-]*://[^/\s?#@A-Z]+)$")]
+Rate = Annotated[str, StringConstraints(pattern=r"^(off|[1-9]\d{0,8}/(second|minute|hour))$")]
+SmtpUrl = Annotated[AnyUrl, UrlConstraints(allowed_schemes=["smtp", "smtps"], host_required=True)]
 
 
 class Settings(BaseSettings):
     """README says what each one means. An empty value counts as not set."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", secrets_dir=SECRETS_FOLDER, extra="ignore", env_ignore_empty=True
+    )
 
     environment: Literal["development", "production"] = "development"
-    host: IPvAnyAddress | Literal["localhost"] = Field(default="127.0.0.1")
-    port: int = Field(default=8000, ge=1, le=65_535)
-    workers: int = Field(default=1, ge=1, le=256)
-    forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    # the database
     database_url: DatabaseUrl = "sqlite+aiosqlite:///./app.db"
+    cache_seconds: int = Field(default=60, ge=0, le=86_400)
+    redis_url: str | None = None
+    # requests
+    cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
+    rate_limit: Rate = "600/minute"
+    auth_rate_limit: Rate = "30/minute"
+    otel_exporter_otlp_endpoint: str | None = None
+    # passwords, tokens and accounts
     secret_key: Annotated[bytes, Field(min_length=32)] | None = None
     access_token_expire_minutes: int = Field(default=30, ge=1, le=525_600)
     refresh_token_expire_days: int = Field(default=7, ge=1, le=3_650)
     bcrypt_rounds: int = Field(default=12, ge=4, le=16)
+    registration: Literal["open", "closed"] = "open"
     first_superuser_email: Email | None = None
     first_superuser_password: Password | None = None
-    registration: Literal["open", "closed"] = "open"
-    cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
-    rate_limit: Rate = "600/minute"
-    auth_rate_limit: Rate = "30/minute"
-    cache_seconds: int = Field(default=60, ge=0, le=86_400)
-    redis_url: RedisUrl | None = None
+    # mail
+    public_url: PublicUrl = "http://localhost:8000"
     smtp_url: SmtpUrl | None = None
-    mail_from: Email | None = None
+    mail_from: Email = "nutshell@example.com"
     admin_email: Email | None = None
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    # the demo
     demo: bool = False
+    # python main.py
+    host: IPvAnyAddress | Literal["localhost"] = Field(default="127.0.0.1")
+    port: int = Field(default=8000, ge=1, le=65_535)
+    web_concurrency: int = Field(default=1, ge=1, le=256)
+    forwarded_allow_ips: Annotated[list[IPvAnyNetwork | Literal["*"]], NoDecode] = Field(default="")
 
     @field_validator("forwarded_allow_ips", "cors_origins", mode="before")
     @classmethod
-    def comma_list(cls, value: str) -> list[str]:
+    def split_at_commas(cls, value: str) -> list[str]:
         return [part.strip() for part in value.split(",") if part.strip()]
 
     @model_validator(mode="after")
-    def fit_together(self) -> "Settings":
+    def check_combinations(self) -> Self:
+        sent = self.model_fields_set
+        problems = []
         if self.secret_key is None and (self.production or self.sqlite_file is None):
-            raise ValueError("SECRET_KEY: must be set in production and with PostgreSQL")
+            problems.append("SECRET_KEY: must be set in production and with PostgreSQL")
+        if self.production and "cors_origins" not in sent:
+            self.cors_origins = []
         if self.production and "*" in self.cors_origins:
-            raise ValueError("CORS_ORIGINS='*': is refused in production")
+            problems.append("CORS_ORIGINS: must not be * in production")
         if (self.first_superuser_email is None) != (self.first_superuser_password is None):
-            raise ValueError("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
-        if self.demo and (self.production or self.workers > 1):
-            raise ValueError("DEMO=True: is refused in production, and with several WORKERS")
-        if self.demo and "database_url" in self.model_fields_set:
-            raise ValueError("DATABASE_URL: must not be set with DEMO, which has its own")
+            problems.append("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
+        if self.demo and (self.production or "database_url" in sent):
+            problems.append("DEMO: must not be set in production or with DATABASE_URL")
+        if self.redis_url is not None:
+            problems.append("REDIS_URL: is not supported yet")
+        if self.web_concurrency > 1:
+            problems.append("WEB_CONCURRENCY: must be 1, more is not supported yet")
+        if problems:
+            raise ValueError("\n".join(problems))
+        if self.demo:
+            self.database_url = f"sqlite+aiosqlite:///./demo-{os.getpid()}.db"
         return self
 
     @property
@@ -220,179 +219,101 @@ class Settings(BaseSettings):
         return self.environment == "production"
 
     @property
-    def sqlite_file(self) -> str | None:
-        url = make_url(self.database_url)
-        return url.database if url.drivername == "sqlite+aiosqlite" else None
+    def sqlite_file(self) -> Path | None:
+        url = sa.make_url(self.database_url)
+        return Path(url.database or "") if url.drivername == "sqlite+aiosqlite" else None
 
 
-def what_is_wrong(problem: Any) -> str:
-    rule = str(problem["msg"]).removeprefix("Value error, ")
-    if not problem["loc"]:  # it is about several of them, and names them
-        return rule
-    name, value = str(problem["loc"][0]).upper(), repr(problem["input"])
-    if name.endswith(("_KEY", "_PASSWORD")):
-        return f"{name}: {rule}"
-    if name.endswith("_URL"):  # it may hold a password: no more than its scheme is shown
-        value = value.partition("://")[0] + "://…'" if "://" in value else "…"
-    return f"{name}={value}: {rule}"
-
-
-def read_settings() -> Settings:
+def load_settings() -> Settings:
     try:
         return Settings()
     except UnicodeDecodeError:
-        line = ".env: must be UTF-8"
+        print(".env: must be UTF-8", file=sys.stderr)
     except ValidationError as error:
-        line = what_is_wrong(error.errors()[0])
-    print(line, file=sys.stderr)
-    raise SystemExit(3)  # to uvicorn 3 means: do not start this worker again
+        lines: dict[str, str] = {}
+        for problem in error.errors():
+            name = str(problem["loc"][0]).upper() if problem["loc"] else ""
+            rule = problem["msg"].removeprefix("Value error, ")
+            lines.setdefault(name, f"{name}: {rule}" if name else rule)
+        print("\n".join(lines.values()), file=sys.stderr)
+    raise SystemExit(3)  # for uvicorn this means: do not start this process again
 
 
-settings = read_settings()
-if settings.demo:  # the folder is removed when the service ends
-    settings.database_url = f"sqlite+aiosqlite:///{mkdtemp(prefix='nutshell-')}/demo.db"
+settings = load_settings()
 
 
-# --- Log ------------------------------------------------------------------------------------------
-# A line for each request and each thing that happened, for people or, in production, for programs.
-# While we serve a thread writes them, many at once: a terminal that stands still stops nobody.
+# --- Logging --------------------------------------------------------------------------------------
+# Python's own logging with one handler: lines for people or, in production, JSON for programs. No
+# line holds a query, a body, a token, a password or an email.
 
-log = logging.getLogger("nutshell")
-
-
-class LogWriter(logging.Handler):
-    """When nobody reads the log and 10,000 lines wait, the oldest are lost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: deque[str] = deque(maxlen=10_000)
-        self.some = threading.Event()
-        self.thread: threading.Thread | None = None  # before and after it, lines go out at once
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message = self.format(record)  # with its traceback
-            self.add(record.levelname, "%(message)s", {"message": message})
-        except Exception:
-            self.handleError(record)
-
-    def add(self, level: str, text: str, fields: dict[str, Any]) -> None:
-        moment = now().isoformat(" ", "milliseconds")
-        if settings.production:
-            line = json.dumps({"time": moment, "level": level} | fields)
-        else:
-            line = f"{moment[:23]} {level:8} {text % fields}"
-        self.lines.append(f"{line}\n")
-        if self.thread is None:
-            self.write()
-        elif not self.some.is_set():
-            self.some.set()
-
-    def next_piece(self) -> str:
-        """Up to 4 KiB, which stay whole in a pipe that several processes share."""
-        piece = self.lines.popleft()
-        with suppress(IndexError):  # there are no more, or another thread was faster
-            while len(piece) + len(self.lines[0]) < 4_096:
-                piece += self.lines.popleft()
-        return piece
-
-    def write(self) -> None:
-        while self.lines:
-            with suppress(IndexError, OSError):  # another thread was faster, or the disk is full
-                os.write(sys.stderr.fileno(), self.next_piece().encode())
-
-    def run(self) -> None:
-        while self.thread:
-            self.some.wait()
-            self.some.clear()
-            self.write()
-            sleep(0.05)  # more may come
-
-    @contextmanager
-    def in_thread(self) -> Iterator[None]:
-        self.thread = thread = threading.Thread(target=self.run, daemon=True)
-        thread.start()
-        yield
-        self.thread = None
-        self.some.set()
-        thread.join(1)
-        if thread.is_alive():  # nobody reads: what is said from now on waits in vain
-            self.thread = thread
+logger = logging.getLogger("nutshell")
+log_handler = logging.StreamHandler()
+REQUEST_FIELDS = ("request_id", "method", "path", "status", "ms", "client", "user_id")
+UVICORN_SAYS_TOO_MUCH = (
+    *('%s - "WebSocket', "connection ", "Invalid UTF-8"),  # with a query in it
+    "ASGI callable returned without completing handshake",  # of each WebSocket that is refused
+)
 
 
-log_writer = LogWriter()
+class JSONFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info:
+            message += f"\n{self.formatException(record.exc_info)}"
+        entry = {"time": utc_now().isoformat(), "level": record.levelname, "message": message}
+        fields = [name for name in REQUEST_FIELDS if hasattr(record, name)]
+        return json.dumps(entry | {name: getattr(record, name) for name in fields})
 
 
-def log_request(scope: Scope, status: int, seconds: float) -> None:
-    """Not through `logging`, which alone takes as long as an answer from memory."""
-    state = scope["state"]
-    line = {
-        "request_id": state["request_id"],
-        "method": scope.get("method", "WEBSOCKET"),
-        "path": quote(scope["path"][:200]),  # so that no line can look like two
-        "status": status,
-        "ms": round(seconds * 1000, 1),
-        "client": quote(state["client"][:50], safe=":"),
-        "user_id": state.get("user_id"),
-    }
-    who = "user %(user_id)s" if line["user_id"] else "anonymous"
-    text = f"%(method)s %(path)s %(status)s %(ms)s ms %(client)s {who} %(request_id)s"
-    log_writer.add("INFO", text, line)
-
-
-def without_query(record: logging.LogRecord) -> bool:
-    """Of a WebSocket uvicorn logs the query, where a token may stand; of bad UTF-8 a traceback."""
-    return not re.search("WebSocket|Invalid UTF-8|^connection ", str(record.msg))
+def is_safe_to_log(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(UVICORN_SAYS_TOO_MUCH)
 
 
 def set_up_logging() -> None:
-    """One handler for all. At debug the libraries would tell too much: only the SQL is added."""
-    level = max(logging.INFO, getattr(logging, settings.log_level.upper()))
-    logging.basicConfig(level=level, handlers=[log_writer], format="%(message)s", force=True)
+    """Safe to call twice. At debug only the SQL is added: libraries would tell too much."""
+    text_formatter = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
+    log_handler.setFormatter(JSONFormatter() if settings.production else text_formatter)
+    root = logging.getLogger()
+    root.addHandler(log_handler)
+    root.setLevel(max(logging.INFO, getattr(logging, settings.log_level.upper())))
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = name != "uvicorn.access"
-    logging.getLogger("uvicorn.error").addFilter(without_query)  # once, however often this runs
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs pieces of bodies
+    logging.getLogger("uvicorn").propagate = True
+    logging.getLogger("uvicorn.error").addFilter(is_safe_to_log)
+    logging.getLogger("uvicorn.access").propagate = False  # we write a line for each request
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs parts of bodies
     if settings.log_level == "debug":
         logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
-# Every refusal has one shape: what is wrong, a code for programs, the id of the request. Routes
-# raise `Refusal`; the handlers bring what the libraries raise into the same shape.
+# Every error is `{"detail", "error_code", "request_id"}`. Routes raise APIError; the handlers bring
+# what FastAPI and the database raise into the same shape.
 
-REFUSALS = {
-    "BAD_REQUEST": (400, "This cannot be parsed"),
-    "INVALID_CREDENTIALS": (401, "The email or the password is wrong"),
-    "INVALID_TOKEN": (401, "The token is missing, malformed, expired or revoked"),
-    "TOKEN_REUSED": (401, "This refresh token was used before, so its session has ended"),
-    "INSUFFICIENT_PERMISSIONS": (403, "You may not do this"),
-    "NOT_FOUND": (404, "There is no such thing"),
-    "EMAIL_TAKEN": (409, "There is an account with this email"),
-    "CONFLICT": (409, "What this is about has changed in the meantime"),
-    "BODY_TOO_LARGE": (413, "The body is larger than 1 MiB"),
-    "VALIDATION_ERROR": (422, "Some fields are wrong"),
-    "RATE_LIMITED": (429, "Too many requests, try again later"),
-    "INTERNAL_ERROR": (500, "The service made a mistake; its log has the details"),
-    "UNAVAILABLE": (503, "The service is busy, try again"),
-}
+ERROR_STATUS = {
+    "BAD_REQUEST": 400, "INVALID_CREDENTIALS": 401, "INVALID_TOKEN": 401, "TOKEN_REUSED": 401,
+    "INSUFFICIENT_PERMISSIONS": 403, "NOT_FOUND": 404, "CONFLICT": 409, "EMAIL_TAKEN": 409,
+    "BODY_TOO_LARGE": 413, "VALIDATION_ERROR": 422, "RATE_LIMITED": 429, "INTERNAL_ERROR": 500,
+    "UNAVAILABLE": 503,
+}  # fmt: skip
+ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+STATUS_NAMES = {status.value: status.name for status in HTTPStatus}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-DATABASE_ERRORS = (exc.DBAPIError, exc.TimeoutError, sqlite3.Error, OSError)
-REFUSAL_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+SQLITE_UNAVAILABLE = {5, 6, 10, 13, 14}  # busy, locked, I/O error, disk full, cannot open
+POSTGRES_UNAVAILABLE = {"08", "40", "53", "55", "57", "58"}  # classes of SQLSTATE
 
 
-class Refusal(HTTPException):
-    """`raise Refusal("NOT_FOUND")`: the table above knows the rest."""
+class APIError(HTTPException):
+    """`raise APIError("NOT_FOUND", "Post not found")`: the code decides the status."""
 
-    def __init__(self, code: str, detail: Any = None, headers: Any = None) -> None:
-        status, usual = REFUSALS[code]
-        super().__init__(status, detail or usual, headers or REFUSAL_HEADERS.get(status))
+    def __init__(self, code: str, detail: Any, headers: dict[str, str] | None = None) -> None:
+        status = ERROR_STATUS[code]
+        super().__init__(status, detail, ERROR_HEADERS.get(status, {}) | (headers or {}))
         self.code = code
 
 
-class Problem(BaseModel):
-    """What every error looks like; of a 422, detail lists the fields."""
+class ErrorRead(BaseModel):
+    """What every error looks like. Of a 422 `detail` lists the fields."""
 
     detail: str | list[dict[str, Any]]
     error_code: str
@@ -400,140 +321,764 @@ class Problem(BaseModel):
 
 
 def errors(*statuses: int) -> Any:
-    """For /docs: the refusals of a route, of all routes of a router, or of the whole app."""
-    return {code: {"model": Problem, "description": HTTPStatus(code).phrase} for code in statuses}
+    """For /docs: the errors of a route, of all routes of a router, or of the whole app."""
+    return {code: {"model": ErrorRead, "description": HTTPStatus(code).phrase} for code in statuses}
 
 
-async def on_refusal(request: Request, error: Any) -> Response:
-    """Our own refusals, and those of Starlette and FastAPI: 400, 404, 405."""
-    code = getattr(error, "code", HTTPStatus(error.status_code).name)
-    headers = error.headers
-    if error.status_code == 405:  # FastAPI names the methods of one route, not all of the path
-        asked = [(dict(request.scope, method=m), r) for m in METHODS for r in request.app.routes]
-        found = [scope["method"] for scope, r in asked if r.matches(scope)[0] is Match.FULL]
-        headers = {"Allow": ", ".join(found)}
-    body = {"detail": error.detail, "error_code": code, "request_id": request.state.request_id}
-    # json.dumps writes ASCII: even half of a surrogate pair in the name of a field gets out.
+async def handle_http_error(request: HTTPConnection, error: Any) -> Response:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # FastAPI names the methods of one route, not of the whole path
+        scopes = [dict(request.scope, method=method) for method in METHODS]
+        routes = request.app.routes
+        fits = [s for s in scopes if any(r.matches(s)[0] is Match.FULL for r in routes)]
+        headers["Allow"] = ", ".join(scope["method"] for scope in fits)
+    body = {
+        "detail": error.detail,
+        "error_code": getattr(error, "code", STATUS_NAMES.get(error.status_code, "ERROR")),
+        "request_id": request.state.request_id,
+    }
+    # json.dumps writes ASCII: a name of a field may hold half a surrogate pair.
     return Response(json.dumps(body), error.status_code, headers, "application/json")
 
 
-async def on_invalid_input(request: Request, error: Any) -> Response:
-    """What is wrong and where, never the value: it may be a password."""
+async def handle_validation_error(request: HTTPConnection, error: Any) -> Response:
+    """Says which fields are wrong and why, never the value: it may be a password."""
     fields = [{key: e[key] for key in ("loc", "msg", "type")} for e in error.errors()]
-    unreadable = fields[0]["type"] == "json_invalid"
-    refusal = Refusal("BAD_REQUEST") if unreadable else Refusal("VALIDATION_ERROR", fields)
-    return await on_refusal(request, refusal)
+    if fields[0]["type"] == "json_invalid":
+        return await handle_http_error(request, APIError("BAD_REQUEST", "The body is not JSON"))
+    return await handle_http_error(request, APIError("VALIDATION_ERROR", fields))
 
 
-async def on_database_error(request: Request, error: Any) -> Response:
-    """The database keeps the rules, so that no check can race; here its refusals get names.
-    All else is a lock or connection that came too late, a full disk, a server that is gone."""
-    if isinstance(error, exc.IntegrityError):
-        taken = re.search("user[._]email", str(error.orig))
-        return await on_refusal(request, Refusal("EMAIL_TAKEN" if taken else "CONFLICT"))
-    log.error("the database failed: %s", str(error).partition("\n")[0] or type(error).__name__)
-    return await on_refusal(request, Refusal("UNAVAILABLE"))
+def is_unavailable(error: Any) -> bool:
+    """True for a lock, a lost connection or a full disk; False for a bug, such as wrong SQL."""
+    if isinstance(error, exc.TimeoutError) or getattr(error, "connection_invalidated", False):
+        return True
+    original = getattr(error, "orig", error)
+    sqlite_code = getattr(original, "sqlite_errorcode", 0) & 0xFF
+    sqlstate = getattr(original, "sqlstate", None) or ""
+    return sqlite_code in SQLITE_UNAVAILABLE or sqlstate[:2] in POSTGRES_UNAVAILABLE
 
 
-# --- Tables ---------------------------------------------------------------------------------------
-# A table inherits what people say of themselves and adds what only we know; Create and Update say
-# what may come in, Public and Read what goes out. Each constraint is written once, as a named type.
+async def handle_database_error(request: HTTPConnection, error: Any) -> Response:
+    """The database keeps the rules, so that no check can race: its refusals are conflicts."""
+    if isinstance(error, (exc.IntegrityError, StaleDataError)):
+        detail = "This has changed in the meantime"
+        return await handle_http_error(request, APIError("CONFLICT", detail))
+    if not is_unavailable(error):
+        raise error
+    logger.error("the database is unavailable: %s", str(error).partition("\n")[0])
+    detail = "The database is busy, try again"
+    return await handle_http_error(request, APIError("UNAVAILABLE", detail))
 
-OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
-WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
-Trimmed = StringConstraints(strip_whitespace=True, pattern=NO_NUL)
-AnyText = StringConstraints(pattern=NO_NUL)
-NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
-Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
-Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]  # not strict: "36", too
-Bio = Annotated[str | None, Field(max_length=2_000), AnyText, Examples(["I keep bees."])]
-AN_AVATAR = Examples(["https://example.com/dora.png"])
-AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress, AN_AVATAR]
-Role = Literal["user", "admin"]
+
+exception_handlers: dict[Any, Any] = {
+    HTTPException: handle_http_error,
+    RequestValidationError: handle_validation_error,
+    WebSocketRequestValidationError: handle_validation_error,
+    exc.SQLAlchemyError: handle_database_error,
+    sqlite3.Error: handle_database_error,
+}
+
+
+# --- Database -------------------------------------------------------------------------------------
+# SQLite takes many readers beside one writer, so it has two engines: readers, which do not wait for
+# the writer, and a writer with one connection, where requests queue instead of being "locked".
+# PostgreSQL needs one engine. What was read may be remembered until the next commit.
+
+MAX_REMEMBERED = 2_000
+MAX_REMEMBERED_BYTES = 16 * 1024 * 1024
+ANY_TABLE = "*"  # what a statement such as DELETE writes to
+START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(7361))
+
+
+class StartError(Exception):
+    """Ends the start with its text as one line."""
+
+
+def set_pragmas(connection: Any, *more: str) -> None:
+    """The timeout comes first: even the switch to WAL may have to wait for another process."""
+    pragmas = ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", *more)
+    script = ";".join(f"PRAGMA {pragma}" for pragma in pragmas)
+    connection.run_async(lambda raw: raw.executescript(script))
+
+
+def on_connect_writer(connection: Any, _: Any) -> None:
+    set_pragmas(connection, "foreign_keys=ON")
+
+
+def on_connect_reader(connection: Any, _: Any) -> None:
+    set_pragmas(connection, "query_only=ON")
+
+
+def on_begin(connection: sa.Connection) -> None:
+    """Takes the write lock before the first read, so that what was read is still true later."""
+    sqlite: Any = connection.connection.dbapi_connection
+    sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
+
+
+def on_reset(connection: Any, _: Any, __: Any) -> None:
+    """SQLAlchemy leaves the transaction open when a COMMIT fails."""
+    if connection.driver_connection.in_transaction:
+        connection.rollback()
+
+
+def on_connect_postgres(dialect: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    try:
+        return dialect.connect(*args, **kwargs)
+    except OSError as error:  # no server listens there, or it does not answer in time
+        logger.error("the database cannot be reached: %s", type(error).__name__)
+        raise APIError("UNAVAILABLE", "The database cannot be reached, try again") from error
+
+
+options: dict[str, Any] = {"pool_timeout": 5, "hide_parameters": True}
+if settings.sqlite_file:
+    # AUTOCOMMIT: there is no transaction but the one that on_begin begins.
+    options |= {"max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
+    write_engine = create_async_engine(settings.database_url, pool_size=1, **options)
+    options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves time
+    read_engine = create_async_engine(settings.database_url, pool_size=2, **options)
+    health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
+    sa.event.listen(write_engine.sync_engine, "connect", on_connect_writer)
+    sa.event.listen(write_engine.sync_engine, "begin", on_begin)
+    sa.event.listen(write_engine.sync_engine, "reset", on_reset)
+    sa.event.listen(read_engine.sync_engine, "connect", on_connect_reader)
+    sa.event.listen(health_engine.sync_engine, "connect", on_connect_reader)
+else:
+    timeouts = {"lock_timeout": "5000", "statement_timeout": "5000"}
+    options |= {"connect_args": {"timeout": 5, "server_settings": timeouts}, "pool_pre_ping": True}
+    write_engine = create_async_engine(settings.database_url, **options)
+    read_engine = write_engine.execution_options(postgresql_readonly=True)
+    health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
+    sa.event.listen(write_engine.sync_engine, "do_connect", on_connect_postgres)
+    sa.event.listen(health_engine.sync_engine, "do_connect", on_connect_postgres)
+
+
+class Generation:
+    """A random value that each commit replaces: what was remembered under another one is void.
+    None where others may write to the database unseen: then nothing is remembered."""
+
+    def __init__(self) -> None:
+        self.value = secrets.token_hex(8)
+        alone = settings.web_concurrency == 1 and parent_process() is None
+        self.is_known = bool(settings.sqlite_file) and alone and settings.cache_seconds > 0
+
+    async def get(self) -> str | None:
+        return self.value if self.is_known else None
+
+    def renew(self) -> None:
+        self.value = secrets.token_hex(8)
+
+
+memories: list["Memory"] = []
+
+
+class Memory:
+    """Remembers what was read until a commit, or for CACHE_SECONDS. Commits to the tables that it
+    is independent of do not count."""
+
+    def __init__(self, independent_of: frozenset[str] = frozenset()) -> None:
+        self.independent_of = independent_of
+        self.generation = Generation()
+        self.clear(None)
+        memories.append(self)
+
+    def clear(self, generation: str | None) -> None:
+        self.current = generation
+        self.entries: dict[Any, Any] = {}
+        self.bytes = 0
+        self.expires = perf_counter() + settings.cache_seconds
+
+    async def get(self, key: Any) -> tuple[str | None, Any]:
+        """The generation, and what is remembered under this key."""
+        generation = await self.generation.get()
+        if generation != self.current or perf_counter() > self.expires:
+            self.clear(generation)
+        return generation, self.entries.get(key)
+
+    def keep(self, key: Any, value: Any, size: int, generation: str | None) -> None:
+        """Remembers what was read after `get` had returned this generation."""
+        if generation is None or generation != self.current or size > MAX_REMEMBERED_BYTES:
+            return
+        if len(self.entries) >= MAX_REMEMBERED or self.bytes + size > MAX_REMEMBERED_BYTES:
+            self.clear(generation)
+        self.entries[key] = value
+        self.bytes += size
+
+
+@sa.event.listens_for(Session, "after_flush")
+def on_flush(session: Session, _: Any) -> None:
+    """Notes the tables that were written to."""
+    for row in (*session.new, *session.dirty, *session.deleted):
+        session.info.setdefault("written", set()).add(row.__tablename__)
+
+
+@sa.event.listens_for(Session, "do_orm_execute")
+def on_execute(state: Any) -> None:
+    if not state.is_select:
+        state.session.info.setdefault("written", set()).add(ANY_TABLE)
+
+
+@sa.event.listens_for(Session, "after_commit")
+def on_commit(session: Session) -> None:
+    """Makes what was remembered unknown."""
+    written = session.info.pop("written", {ANY_TABLE})
+    for memory in memories:
+        if not written <= memory.independent_of:
+            memory.generation.renew()
+
+
+async def get_read_session() -> AsyncIterator[AsyncSession]:
+    session = AsyncSession(read_engine, expire_on_commit=False)
+    try:
+        yield session
+    finally:
+        if session.in_transaction():
+            await session.close()
+
+
+async def get_write_session() -> AsyncIterator[AsyncSession]:
+    """Waits for the writer at its first statement. What was not committed is undone."""
+    async with AsyncSession(write_engine, expire_on_commit=False) as session:
+        yield session
+
+
+# With scope "function" a connection is free when the route returns, before the answer is sent.
+ReadSession = Annotated[AsyncSession, Depends(get_read_session, scope="function")]
+WriteSession = Annotated[AsyncSession, Depends(get_write_session, scope="function")]
+
+
+@asynccontextmanager
+async def prepare_database() -> AsyncIterator[AsyncSession]:
+    """A session for the start. Processes that start together enter one after the other."""
+    async with AsyncSession(write_engine, expire_on_commit=False) as session:
+        await session.exec(START_LOCK)
+        yield session
+        await session.commit()
+
+
+def make_tables(connection: sa.Connection) -> None:
+    """Makes tables that are missing. One that lacks a column is not changed but refused."""
+    SQLModel.metadata.create_all(connection)
+    inspector = sa.inspect(connection)
+    for table in SQLModel.metadata.sorted_tables:
+        columns = [column["name"] for column in inspector.get_columns(table.name)]
+        indexes = [index["name"] for index in inspector.get_indexes(table.name)]
+        for part in (*table.columns, *table.indexes):
+            if part.name not in (*columns, *indexes):
+                problem = f'table "{table.name}" has no column or index "{part.name}"'
+                raise StartError(f"DATABASE_URL: {problem}. README says how to change a table")
+
+
+async def open_database() -> AsyncIterator[None]:
+    if settings.sqlite_file and not settings.sqlite_file.exists():
+        settings.sqlite_file.touch(mode=0o600)
+    async with prepare_database() as session:
+        await (await session.connection()).run_sync(make_tables)
+    yield
+    await read_engine.dispose()
+    await health_engine.dispose()
+    await write_engine.dispose()
+
+
+# --- Schemas --------------------------------------------------------------------------------------
+# What tables and bodies have in common: ids, times, bodies that refuse unknown fields.
+
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
-Content = Annotated[str, Field(max_length=100_000), NotBlank, Examples(["They hum."])]
-CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed, Examples(["Mine too."])]
-Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
-SESSION_LIFE = timedelta(days=settings.refresh_token_expire_days)
-Item = TypeVar("Item")
+OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
 
 
-def example(fields: dict[str, str]) -> Any:
-    """What /docs sends if nobody changes it, where the examples above do not fit together."""
-    return {"json_schema_extra": {"examples": [fields]}}
-
-
-class Stored(SQLModel):
-    """What has an id of its own."""
-
-    __table_args__ = {"sqlite_autoincrement": True}  # no id is ever given to something else
+class TableBase(SQLModel):
+    __table_args__: Any = {"sqlite_autoincrement": True}  # no id is used again
 
     id: int = Field(default=None, primary_key=True)
-    created_at: datetime = Field(default_factory=now)
+    created_at: datetime = Field(default_factory=utc_now)
 
 
-class Body(SQLModel):
-    """What people write: known fields alone, so that nobody assigns what is not theirs."""
+class StrictBody(SQLModel):
+    """A JSON body. Unknown fields are refused, so that nobody sets what is not theirs."""
 
     model_config = {"extra": "forbid"}
 
     @model_validator(mode="before")
     @classmethod
-    def few_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > 50:  # to refuse each would take seconds
+    def check_number_of_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > 50:  # to refuse each one would take seconds
             raise ValueError("has too many fields")
         return value
 
 
-class Person(Body):
-    """What people say of themselves when they sign up."""
+# --- Application ----------------------------------------------------------------------------------
+# The app, and what every request passes. This is all that it knows of the chapters below:
+#
+#   1. Start and stop   `@at_start`: Passwords, Accounts, Users, Live events, Mail and Demo.
+#   2. What happened    `await announce(kind, schema)` after a commit calls each of the `listeners`:
+#                       Live events and Mail.
+#   3. Each request     `app.user_middleware`, in this order: RequestMiddleware and CORS,
+#                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
+#   4. Shared stores    `limiter.store`, `hub.bus`, `memory.generation` may be replaced.
+#
+# Chapters also add their paths to `body_limits` and `path_limits`, and lines to `notices`.
 
+MAX_BODY_BYTES = 256 * 1024
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
+RESPONSE_HEADERS = "ETag, Location, Retry-After, RateLimit, RateLimit-Policy"
+RESPONSE_HEADERS += ", X-Request-ID, X-Process-Time, X-Cache"
+UserEvent = Literal["user.registered", "user.invited"]
+PostEvent = Literal["post.published", "post.updated", "post.deleted"]
+CommentEvent = Literal["comment.created", "comment.deleted"]
+EventKind = UserEvent | PostEvent | CommentEvent
+
+body_limits: dict[str, int] = {}  # by the beginning of a path
+lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
+listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
+notices: list[str] = []  # shown at the start and on the page
+
+
+def at_start(function: Callable[[], AsyncIterator[None]]) -> None:
+    """A decorator: what stands before `yield` is done at the start, what follows at the stop."""
+    lifespans.append(asynccontextmanager(function))
+
+
+async def announce(kind: EventKind, subject: SQLModel) -> None:
+    """Tells the listeners what has been committed. The subject is an outgoing schema."""
+    for listener in listeners:
+        await listener(kind, subject)
+
+
+at_start(open_database)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    set_up_logging()
+    async with AsyncExitStack() as stack:
+        for enter in lifespans:
+            await stack.enter_async_context(enter())
+        yield
+
+
+async def send_start(send: Send, message: Message) -> None:
+    """A StartError is shown as one line, without its traceback."""
+    error = sys.exception()
+    if message["type"] == "lifespan.startup.failed" and isinstance(error, StartError):
+        message["message"] = str(error)
+    await send(message)
+
+
+def add_state(scope: Scope) -> dict[str, Any]:
+    """What chapters want to know of a request, and the headers that they add to its answer."""
+    headers = dict(scope["headers"])
+    sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
+    request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
+    root_path = scope.get("root_path", "")
+    is_below = scope["path"].startswith(f"{root_path}/")
+    state: dict[str, Any] = scope.setdefault("state", {})
+    state["request_id"] = request_id
+    path = scope["path"].removeprefix(root_path) if is_below else scope["path"]
+    state["path"] = path.removesuffix("\n")  # routes ignore it, too
+    state["client"] = scope["client"][0] if scope.get("client") else ""
+    state["status"] = 0
+    state["request_headers"] = headers
+    state["response_headers"] = {
+        b"x-content-type-options": b"nosniff",
+        b"x-request-id": request_id.encode(),
+    }
+    return state
+
+
+def limit_body(scope: Scope, receive: Receive) -> Receive:
+    """The body, or an error as soon as it is too large."""
+    path = scope["state"]["path"]
+    limits = [limit for start, limit in body_limits.items() if path.startswith(start)]
+    limit = min(limits, default=MAX_BODY_BYTES)
+    size = 0
+
+    def check(size: int) -> None:
+        if size > limit:
+            raise APIError("BODY_TOO_LARGE", f"The body is larger than {limit // 1024} KiB")
+
+    async def receive_limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        check(size)
+        return message
+
+    check(int(scope["state"]["request_headers"].get(b"content-length", 0)))
+    return receive_limited
+
+
+async def answer_uncaught(scope: Scope, error: BaseException) -> Response:
+    if isinstance(error, asyncio.CancelledError):  # a stop has waited long enough
+        error = APIError("UNAVAILABLE", "The service is stopping, try again")
+    elif not isinstance(error, APIError):
+        logger.exception("request %s failed", scope["state"]["request_id"])
+        error = APIError("INTERNAL_ERROR", "This is our mistake: the log has its traceback")
+    return await handle_http_error(HTTPConnection(scope), error)
+
+
+def is_hung_up(error: BaseException) -> bool:
+    """How FastAPI says that the client of a stream has gone while an event was on its way."""
+    return isinstance(error, ExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
+
+
+def log_request(scope: Scope, seconds: float) -> None:
+    state = scope["state"]
+    fields = {
+        "request_id": state["request_id"],
+        "method": scope.get("method", "WEBSOCKET"),
+        "path": scope["raw_path"][:200].decode("ascii", "replace"),  # percent-encoded, one line
+        "status": state["status"],
+        "ms": round(seconds * 1000, 1),
+        "client": state["client"][:50],
+        "user_id": state.get("user_id"),
+    }
+    line = "%(method)s %(path)s %(status)s %(ms)s ms %(client)s user=%(user_id)s %(request_id)s"
+    logger.info(line, fields, extra=fields if settings.production else None)
+
+
+class RequestMiddleware:
+    """Gives each request an id, its headers and a line in the log, limits its body, and answers
+    for what nobody caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.cors = CORSMiddleware(
+            self.respond,
+            allow_origins=settings.cors_origins,
+            allow_credentials="*" not in settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=REQUEST_HEADERS.split(", "),
+            expose_headers=RESPONSE_HEADERS.split(", "),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, partial(send_start, send))
+        started = perf_counter()
+        state = add_state(scope)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"].endswith("http.response.start"):
+                state["status"] = message["status"]
+                headers = message["headers"]
+                if b"authorization" in state["request_headers"]:  # no cache keeps what is private
+                    headers = [pair for pair in headers if pair[0].lower() != b"cache-control"]
+                    headers.append((b"cache-control", b"private, no-store"))
+                seconds = b"%.4f" % (perf_counter() - started)
+                added = state["response_headers"].items()
+                message["headers"] = [*headers, *added, (b"x-process-time", seconds)]
+            elif message["type"] == "websocket.accept":
+                state["status"] = 101
+            elif message["type"] == "websocket.close":
+                state["status"] = state["status"] or 403  # how it is answered before an accept
+            await send(message)
+
+        try:  # CORS takes time, and says nothing to a request without an Origin
+            handler = self.cors if b"origin" in state["request_headers"] else self.respond
+            await handler(scope, receive, send_with_headers)
+        finally:
+            if logger.isEnabledFor(logging.INFO):
+                log_request(scope, perf_counter() - started)
+
+    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Inside of CORS, so that errors have its headers too."""
+        try:
+            await self.app(scope, limit_body(scope, receive), send)
+        except (Exception, asyncio.CancelledError) as error:
+            if not scope["state"]["status"]:  # no answer has begun
+                response = await answer_uncaught(scope, error)
+                await response(scope, receive, send)
+            elif is_hung_up(error):
+                pass
+            elif not isinstance(error, asyncio.CancelledError):
+                raise  # half an answer: the server logs the error and hangs up
+            elif scope["type"] == "http":  # a stop ends a stream
+                await send({"type": "http.response.body"})
+
+
+TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")  # the last one: to that endpoint
+telemetry: Any = dict.fromkeys(TELEMETRY, settings.otel_exporter_otlp_endpoint is not None)
+app = FastAPI(
+    title="Nutshell",
+    summary="A complete API service in one file",
+    lifespan=lifespan,
+    docs_url=None,
+    redoc_url=None,
+    openapi_url=None if settings.production else "/openapi.json",
+    redirect_slashes=False,  # the redirect would repeat the Host that the client sent
+    generate_unique_id_function=lambda route: route.name,
+    responses=errors(400, 413, 500, 503),
+    telemetry=telemetry,
+    middleware=[Middleware(RequestMiddleware)],
+    exception_handlers=exception_handlers,
+)
+
+
+async def is_database_up() -> bool:
+    """Asks on a connection of its own, since all others may be busy."""
+    try:
+        async with AsyncSession(health_engine) as session:
+            await session.exec(select(1))
+    except (exc.SQLAlchemyError, sqlite3.Error, APIError) as error:
+        logger.error("the database does not answer: %s", type(error).__name__)
+        return False
+    return True
+
+
+@app.head("/health", include_in_schema=False)
+@app.get("/health", tags=["health"])
+async def get_health() -> dict[str, str]:
+    """Does the database answer within a second?"""
+    ping = asyncio.create_task(is_database_up())
+    await asyncio.wait([ping], timeout=1)  # one that hangs cannot be cancelled: it is left behind
+    if not ping.done() or not ping.result():
+        raise APIError("UNAVAILABLE", "The database does not answer")
+    return {"status": "healthy"}
+
+
+# --- Docs -----------------------------------------------------------------------------------------
+# Swagger UI, with its files from a package, so that it works without a network.
+
+
+async def get_docs() -> HTMLResponse:
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="Nutshell",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="docs/favicon-32x32.png",
+        swagger_ui_parameters={"persistAuthorization": True, "tryItOutEnabled": True},
+    )
+
+
+if not settings.production:
+    app.add_api_route("/docs", get_docs, include_in_schema=False)
+    app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
+
+
+# --- Rate limiter ---------------------------------------------------------------------------------
+# Each client has so many requests in a window of time, which opens at the first of them. At the
+# edge of two windows twice as many may pass: the price of a count that needs no history.
+
+SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
+MAX_WINDOWS = 20_000
+
+
+class Limit(NamedTuple):
+    name: str
+    quota: int
+    seconds: int
+
+
+def make_limit(name: str, rate: str, times: int = 1) -> Limit | None:
+    if rate == "off":
+        return None
+    number, _, unit = rate.partition("/")
+    return Limit(name, int(number) * times, SECONDS[unit])
+
+
+DEFAULT_LIMIT = make_limit("default", settings.rate_limit)
+AUTH_LIMIT = make_limit("auth", settings.auth_rate_limit)  # by address
+EMAIL_LIMIT = make_limit("auth", settings.auth_rate_limit, times=10)  # by email
+path_limits: dict[str, Limit | None] = {"/health": None, "/openapi.json": None, "/docs": None}
+
+
+class WindowStore:
+    """Two dictionaries take turns: when one is full or an hour old, the older one is dropped."""
+
+    def __init__(self) -> None:
+        self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
+        self.old: dict[str, tuple[int, float]] = {}
+        self.turn = 0.0
+
+    async def hit(self, key: str, seconds: int) -> tuple[int, float]:
+        """Counts one more: how many so far, and the seconds until the window ends."""
+        now = perf_counter()
+        if now >= self.turn or len(self.new) >= MAX_WINDOWS:
+            self.old = self.new
+            self.new = {}
+            self.turn = now + 3_600
+        count, end = self.new.get(key) or self.old.get(key) or (0, now)
+        if now >= end:
+            count = 0
+            end = now + seconds
+        self.new[key] = (count + 1, end)
+        return count + 1, end - now
+
+
+class Limiter:
+    def __init__(self) -> None:
+        self.store = WindowStore()
+
+    async def check(self, limit: Limit | None, key: str, state: dict[str, Any]) -> None:
+        """Counts a request, tells the client where it stands, and refuses what is too much."""
+        if limit is None:
+            return
+        name, quota, seconds = limit
+        count, left = await self.store.hit(f"{name}:{quota}:{key}", seconds)
+        wait = max(1, min(seconds, ceil(left)))
+        headers = state["response_headers"]
+        if count > quota or b"ratelimit" not in headers:
+            headers[b"ratelimit-policy"] = f'"{name}";q={quota};w={seconds}'.encode()
+            headers[b"ratelimit"] = f'"{name}";r={max(0, quota - count)};t={wait}'.encode()
+        if count > quota:
+            detail = f"Too many requests, try again in {wait} s"
+            raise APIError("RATE_LIMITED", detail, {"Retry-After": str(wait)})
+
+
+limiter = Limiter()
+
+
+@lru_cache(1_000)
+def client_key(address: str) -> str:
+    """IPv6 by the /64 that one customer has, IPv4 as such however it comes, all else as one."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is None:
+        return ip.packed[:8].hex()
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
+
+
+class RateLimitMiddleware:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            state = scope["state"]
+            limit = path_limits.get(state["path"], DEFAULT_LIMIT)
+            if not state["path"].startswith("/docs/"):
+                await limiter.check(limit, client_key(state["client"]), state)
+        await self.app(scope, receive, send)
+
+
+app.user_middleware.append(Middleware(RateLimitMiddleware))
+
+
+# --- Passwords and tokens -------------------------------------------------------------------------
+# Passwords become bcrypt hashes, in threads and never while a connection is held: one takes 0.2 s.
+# Tokens are JWTs, signed with HS256 and no other algorithm.
+
+MAX_WAITING_PASSWORDS = 64
+MAX_TOKEN_LENGTH = 4_096
+# Costs what a real hash costs, and no password fits it.
+DECOY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
+hashing_threads = anyio.CapacityLimiter(os.cpu_count() or 1)
+TokenType = Literal["access", "refresh"]
+Result = TypeVar("Result", str, bytes, bool)
+
+
+async def run_bcrypt(work: Callable[[bytes, bytes], Result], password: str, salt: str) -> Result:
+    """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
+    if hashing_threads.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
+        raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
+    digest = base64.b64encode(hashlib.sha256(password.encode(errors="surrogatepass")).digest())
+    return await anyio.to_thread.run_sync(work, digest, salt.encode(), limiter=hashing_threads)
+
+
+async def hash_password(password: str) -> str:
+    salt = bcrypt.gensalt(settings.bcrypt_rounds).decode()
+    return (await run_bcrypt(bcrypt.hashpw, password, salt)).decode()
+
+
+async def verify_password(password: str, hashed_password: str) -> bool:
+    return await run_bcrypt(bcrypt.checkpw, password, hashed_password)
+
+
+def read_or_make_secret(file: Path) -> bytes:
+    if not file.exists():
+        file.touch(mode=0o600)
+    if not file.read_bytes():
+        file.write_text(secrets.token_urlsafe(48))
+    return file.read_bytes().strip()
+
+
+@cache
+def get_signing_key() -> Any:
+    secret = settings.secret_key or read_or_make_secret(Path(f"{settings.sqlite_file}.key"))
+    if len(secret) < 32:
+        raise StartError("SECRET_KEY: its file beside the database has less than 32 bytes")
+    encoded = base64.urlsafe_b64encode(secret).decode()
+    return jwk.construct({"kty": "oct", "k": encoded}, "HS256")
+
+
+@at_start
+async def load_signing_key() -> AsyncIterator[None]:
+    async with prepare_database():  # of processes that start together the first one makes it
+        get_signing_key()
+    yield
+
+
+class TokenClaims(BaseModel):
+    """What every token must say."""
+
+    sub: Id  # JSON has it as a text
+    sid: Annotated[str, NO_NUL]
+    jti: str
+    type: TokenType
+    iat: int
+    exp: int
+
+
+def create_token(claims: dict[str, Any]) -> str:
+    return str(jwt.encode(claims, get_signing_key(), "HS256"))
+
+
+def decode_token(token: str, kind: TokenType) -> TokenClaims:
+    """Whatever is wrong with it, the answer is the same."""
+    try:
+        if len(token) > MAX_TOKEN_LENGTH:
+            raise ValueError("too long")
+        claims = TokenClaims.model_validate(jwt.decode(token, get_signing_key(), ["HS256"]))
+        if claims.type != kind:
+            raise ValueError("another type")
+    except Exception:  # python-jose lets errors of all kinds escape
+        raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked") from None
+    return claims
+
+
+# --- Accounts -------------------------------------------------------------------------------------
+# Users and their logins. A token names its login session, and is worth something only while the
+# row of that session and its active user are there.
+
+REFRESH_GRACE = timedelta(seconds=10)  # for answers that were lost, and for second tabs
+Name = Annotated[str | None, Field(max_length=100), OneLine, Examples(["Dora"])]
+Age = Annotated[StrictInt | None, Field(ge=1, le=149), Examples([36])]
+Bio = Annotated[str | None, Field(max_length=2_000), NO_NUL]
+WebAddress = StringConstraints(pattern=r"^https?://[^\s/?#\x00-\x1f\x7f][^\s\x00-\x1f\x7f]*$")
+AvatarUrl = Annotated[str | None, Field(max_length=500), WebAddress]
+Role = Literal["user", "admin"]
+
+
+class UserBase(StrictBody):
     first_name: Name = None
     last_name: Name = None
     age: Age = None
 
 
-class UserCreate(Person):
-    model_config = example({"email": "dora@example.com", "password": "correct-horse"})
-
+class UserCreate(UserBase):
     email: Email
     password: Password
 
 
-class UserCreateByAdmin(UserCreate):
-    model_config = example({"email": "emil@example.com", "password": "correct-horse"})
-
-    role: Role = "user"
-    is_active: StrictBool = True
-
-
-class UserUpdate(Person):
-    """All may be left out; null clears what may be empty and is refused for the rest."""
-
-    model_config = example({"first_name": "Dora", "bio": "I keep bees."})
-
-    bio: Bio = None
-    avatar_url: AvatarUrl = None
-    email: Email = Field(default=None)
-    password: Password = Field(default=None)
-    current_password: str = Field(default="", max_length=128)
-    role: Role = Field(default=None)
-    is_active: StrictBool = Field(default=None)
-
-
-class User(Person, Stored, table=True):
+class User(UserBase, TableBase, table=True):
     email: Email = Field(unique=True)
     hashed_password: str
     bio: Bio = None
     avatar_url: AvatarUrl = None
     role: Role = Field(default="user", sa_type=AutoString)
     is_active: bool = True
-    updated_at: datetime = Field(default_factory=now, sa_column_kwargs={"onupdate": now})
+    updated_at: datetime = Field(default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now})
 
     @property
     def full_name(self) -> str:
-        return " ".join(filter(None, (self.first_name, self.last_name))) or f"user {self.id}"
+        names = [name for name in (self.first_name, self.last_name) if name]
+        return " ".join(names) or f"user {self.id}"
 
     @property
     def is_superuser(self) -> bool:
@@ -546,17 +1091,22 @@ class Author(SQLModel):
 
 
 class UserPublic(Author):
-    """What everybody who is signed in may know of somebody."""
+    """What everybody who is signed in may see of a user."""
 
     bio: Bio
     avatar_url: AvatarUrl
     created_at: datetime
 
 
-class UserRead(UserPublic, Person):
-    """What only they themselves and superusers may know."""
+class UserRead(UserPublic):
+    """What only the user and superusers may see. Frozen: it is a value, and changes no row."""
+
+    model_config = {"frozen": True}
 
     email: str
+    first_name: Name
+    last_name: Name
+    age: Age
     role: Role
     is_superuser: bool
     is_active: bool
@@ -566,58 +1116,292 @@ class UserRead(UserPublic, Person):
 class LoginSession(SQLModel, table=True):
     """One login. Each refresh replaces `refresh_jti` and keeps the one before it."""
 
-    __tablename__ = "session"
-
     id: str = Field(default_factory=secrets.token_urlsafe, primary_key=True)
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
     refresh_jti: str = Field(default_factory=secrets.token_urlsafe)
     previous_jti: str | None = None
-    rotated_at: datetime = Field(default_factory=now)
-    expires_at: datetime = Field(default_factory=lambda: now() + SESSION_LIFE)
-    user: User = Relationship(sa_relationship_kwargs={"lazy": "joined"})
+    refreshed_at: datetime = Field(default_factory=utc_now)
+    expires_at: datetime
 
 
-class Credentials(BaseModel):
-    """The form of OAuth2, as far as it matters here."""
-
-    username: Annotated[str, Examples(["dora@example.com"])]
-    password: Annotated[str, Examples(["correct-horse"])]
-    grant_type: Literal["password"] = "password"  # noqa: S105
-
-
-class Tokens(BaseModel):
+class Token(BaseModel):
     access_token: str
     refresh_token: str
     token_type: Literal["bearer"] = "bearer"  # noqa: S105
     expires_in: int
 
 
-class PostCreate(Body):
+class TokenBearer(OAuth2PasswordBearer):
+    """The token of a request, or of a WebSocket's handshake. None if none is sent."""
+
+    async def __call__(self, request: HTTPConnection) -> str | None:
+        header = request.headers.get("Authorization")
+        protocols = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+        is_socket = request.scope["type"] == "websocket"  # the cache looks at Authorization alone
+        if header is None and is_socket and protocols[0] == "bearer":  # how a browser sends it
+            return protocols[-1].strip()
+        if header is None:
+            return None
+        scheme, _, token = header.partition(" ")
+        return token if scheme.lower() == "bearer" else ""
+
+
+BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
+ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
+
+
+class Identity(NamedTuple):
+    """Who a token stands for, until it expires."""
+
+    expires: int
+    user: UserRead
+
+
+identities = Memory(independent_of=frozenset({"post", "comment"}))
+USER_OF_TOKEN = (
+    select(User)
+    .join(LoginSession, col(LoginSession.user_id) == User.id)
+    .where(LoginSession.id == sa.bindparam("sid"), User.id == sa.bindparam("sub"), User.is_active)
+)
+
+
+async def find_user_of_token(session: AsyncSession, claims: TokenClaims) -> User:
+    """The user of a token, while they are active and its login session is there."""
+    ids = {"sid": claims.sid, "sub": claims.sub}
+    user = (await session.exec(USER_OF_TOKEN, params=ids)).first()
+    if user is None:
+        raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked")
+    return user
+
+
+async def get_optional_user(
+    request: HTTPConnection, token: BearerToken, session: ReadSession
+) -> UserRead | None:
+    """None without a token. One that is sent must be good."""
+    if token is None:
+        return None
+    generation, identity = await identities.get(token)
+    if identity is None or identity.expires <= utc_now().timestamp():
+        claims = decode_token(token, "access")
+        user = await find_user_of_token(session, claims)
+        await session.close()  # who waits for the writer, or for a hash, must hold no connection
+        identity = Identity(claims.exp, UserRead.model_validate(user))
+        identities.keep(token, identity, len(token) + 5_000, generation)
+    me: UserRead = identity.user
+    request.state.user_id = me.id  # for the log
+    return me
+
+
+OptionalUser = Annotated[UserRead | None, Depends(get_optional_user)]
+
+
+async def get_current_user(user: OptionalUser) -> UserRead:
+    if user is None:
+        raise APIError("INVALID_TOKEN", "Not signed in: send Authorization: Bearer …")
+    return user
+
+
+CurrentUser = Annotated[UserRead, Depends(get_current_user)]
+
+
+async def commit_user(session: AsyncSession) -> None:
+    """Of two who want one email at once, the database decides."""
+    try:
+        await session.commit()
+    except exc.IntegrityError:
+        raise APIError("EMAIL_TAKEN", "There is an account with this email") from None
+
+
+async def limit_email(email: str, request: Request) -> str:
+    """Counts one more guess of this account's password. The digest is what the log shows of it."""
+    digest = hashlib.sha256(email.encode()).hexdigest()[:16]
+    await limiter.check(EMAIL_LIMIT, digest, request.scope["state"])
+    return digest
+
+
+async def add_user(session: AsyncSession, body: UserCreate, hashed_password: str) -> UserRead:
+    user = User.model_validate(body, update={"hashed_password": hashed_password})
+    session.add(user)
+    await commit_user(session)
+    return UserRead.model_validate(user)
+
+
+async def authenticate(
+    email: str, password: str, request: Request, read_session: AsyncSession, session: AsyncSession
+) -> User:
+    """The user with this email and password. What is wrong shows neither in the text nor in the
+    time that it takes."""
+    try:
+        email = normalize_email(email)
+    except ValueError:
+        email = ""  # nobody has it
+    digest = await limit_email(email, request)
+    found = (await read_session.exec(select(User).where(User.email == email))).first()
+    await read_session.close()  # hashing takes a while: others need the connection
+    hashed_password = found.hashed_password if found else DECOY_HASH
+    is_correct = await verify_password(password, hashed_password)
+    user = await session.get(User, found.id, with_for_update=True) if found else None
+    if not user or not is_correct or user.hashed_password != hashed_password or not user.is_active:
+        logger.info("failed to sign in: email %s", digest)
+        raise APIError("INVALID_CREDENTIALS", "Wrong email or password")
+    return user
+
+
+async def open_login_session(session: AsyncSession, user: User) -> LoginSession:
+    expired = col(LoginSession.expires_at) < utc_now()
+    await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user.id, expired))
+    expires_at = utc_now() + timedelta(days=settings.refresh_token_expire_days)
+    login_session = LoginSession(user_id=user.id, expires_at=expires_at)
+    session.add(login_session)
+    await session.commit()
+    logger.info("user %s signed in", user.id)
+    return login_session
+
+
+def create_tokens(login_session: LoginSession, response: Response) -> Token:
+    """The refresh token follows from the row alone: two who ask at once get the same one."""
+    response.headers["Cache-Control"] = "no-store"
+    now = int(utc_now().timestamp())
+    end = int(login_session.expires_at.timestamp())
+    expires = min(end, now + settings.access_token_expire_minutes * 60)
+    names = {"sub": str(login_session.user_id), "sid": login_session.id}
+    access = {"jti": secrets.token_urlsafe(), "type": "access", "iat": now, "exp": expires}
+    since = int(login_session.refreshed_at.timestamp())
+    refresh = {"jti": login_session.refresh_jti, "type": "refresh", "iat": since, "exp": end}
+    return Token(
+        access_token=create_token(names | access),
+        refresh_token=create_token(names | refresh),
+        expires_in=expires - now,
+    )
+
+
+auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422, 429))
+path_limits[f"{API}/auth/register"] = AUTH_LIMIT
+path_limits[f"{API}/auth/login"] = AUTH_LIMIT
+body_limits[f"{API}/auth/"] = 16 * 1024
+
+
+@auth.post("/register", status_code=201, responses=errors(403, 409))
+async def register(body: UserCreate, session: WriteSession) -> UserRead:
+    """Make yourself an account."""
+    if settings.registration == "closed":
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
+    user = await add_user(session, body, await hash_password(body.password))
+    await announce("user.registered", user)
+    return user
+
+
+@auth.post("/login", responses=errors(401))
+async def login(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()],
+    request: Request,
+    response: Response,
+    read_session: ReadSession,
+    session: WriteSession,
+) -> Token:
+    """Sign in: send the email as `username`."""
+    user = await authenticate(form.username, form.password, request, read_session, session)
+    return create_tokens(await open_login_session(session, user), response)
+
+
+@auth.post("/refresh", responses=errors(401))
+async def refresh(
+    refresh_token: Annotated[str, Form()], session: WriteSession, response: Response
+) -> Token:
+    """Exchange a refresh token for new ones. One used over 10 s ago ends the session."""
+    claims = decode_token(refresh_token, "refresh")
+    now = utc_now()
+    this = col(LoginSession.id) == claims.sid
+    # The database decides who comes first: the request that still finds its jti replaces it.
+    await session.exec(
+        sa.update(LoginSession)
+        .where(this, col(LoginSession.refresh_jti) == claims.jti)
+        .values(refresh_jti=secrets.token_urlsafe(), previous_jti=claims.jti, refreshed_at=now)
+    )
+    user = await find_user_of_token(session, claims)
+    login_session = (await session.exec(select(LoginSession).where(this))).one()
+    is_in_time = now - login_session.refreshed_at <= REFRESH_GRACE
+    if login_session.previous_jti != claims.jti or not is_in_time:
+        await session.exec(sa.delete(LoginSession).where(this))
+        await session.commit()
+        logger.warning("user %s: a used refresh token came again, session ended", user.id)
+        raise APIError("TOKEN_REUSED", "This refresh token was used before: sign in again")
+    await session.commit()
+    return create_tokens(login_session, response)
+
+
+@auth.post("/logout", status_code=204, responses=errors(401))
+async def logout(
+    me: CurrentUser, token: BearerToken, session: WriteSession, everywhere: bool = False
+) -> None:
+    """End this session, or all of yours."""
+    condition = col(LoginSession.user_id) == me.id
+    if not everywhere:
+        condition &= col(LoginSession.id) == decode_token(token or "", "access").sid
+    await session.exec(sa.delete(LoginSession).where(condition))
+    await session.commit()
+
+
+@at_start
+async def delete_expired_sessions() -> AsyncIterator[None]:
+    async with prepare_database() as session:
+        await session.exec(sa.delete(LoginSession).where(col(LoginSession.expires_at) < utc_now()))
+    yield
+
+
+app.include_router(auth)
+
+
+@app.get(f"{API}/users/me", tags=["users"], responses=errors(401, 429))
+async def get_me(me: CurrentUser) -> UserRead:
+    """Yourself."""
+    return me
+
+
+# --- Posts ----------------------------------------------------------------------------------------
+# Everything about posts. Drafts are visible only to their author and to superusers. What happens to
+# a published post is announced after the commit.
+
+Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
+Content = Annotated[str, Field(max_length=20_000), NotBlank, Examples(["They hum."])]
+Item = TypeVar("Item", bound=BaseModel)
+FILTERED_BY = ("author_id", "created_at")
+Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
+
+
+class PostCreate(StrictBody):
     title: Title
     content: Content
     is_published: StrictBool = False
 
 
-class PostUpdate(Body):
-    """All may be left out. A version that is sent must be the current one."""
+class PostUpdate(StrictBody):
+    """Only the fields that are sent change. A version that is sent must be the current one."""
 
-    model_config = example({"title": "Bees", "content": "They hum and dance."})
+    model_config = {"json_schema_extra": {"example": {"title": "Bees", "content": "They dance."}}}
 
-    title: Title = Field(default=None)
-    content: Content = Field(default=None)
-    version: StrictInt = Field(default=None)
-
-
-VERSION = Column("version", Integer, nullable=False)
+    title: Title = Field(default="")
+    content: Content = Field(default="")
+    version: StrictInt | None = None
 
 
-class Post(PostCreate, Stored, table=True):
-    __mapper_args__ = {"version_id_col": VERSION}  # each change adds one, and finds the one before
+class Post(PostCreate, TableBase, table=True):
+    # Each order has an index that holds what lists filter by: only what is shown is read.
+    __table_args__: Any = (
+        sa.Index("ix_post_id", "is_published", "id", *FILTERED_BY),
+        sa.Index("ix_post_created_at", "is_published", "created_at", "id", "author_id"),
+        sa.Index("ix_post_updated_at", "is_published", "updated_at", "id", *FILTERED_BY),
+        sa.Index("ix_post_title", "is_published", "title", "id", *FILTERED_BY),
+        sa.Index("ix_post_author", "is_published", "author_id", "created_at"),
+        sa.Index("ix_post_author_id", "author_id"),
+        {"sqlite_autoincrement": True},
+    )
+    __mapper_args__ = {"version_id_col": sa.Column("version", sa.Integer, nullable=False)}
 
-    is_published: bool = Field(default=False, index=True)
-    version: int = Field(default=None, sa_column=VERSION)
-    updated_at: datetime = Field(default_factory=now, sa_column_kwargs={"onupdate": now})
-    author_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    is_published: bool = False
+    version: int = Field(default=None, sa_column=__mapper_args__["version_id_col"])
+    updated_at: datetime = Field(default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now})
+    author_id: int = Field(foreign_key="user.id", ondelete="CASCADE")
     author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
 
 
@@ -630,11 +1414,257 @@ class PostRead(PostCreate):
     updated_at: datetime
 
 
-class CommentCreate(Body):
+class PostDeleted(SQLModel):
+    id: int
+
+
+def parse_time(value: str, time_of_day: time = time.min) -> datetime:
+    """A time, or a date at this time of the day. UTC where no zone is given."""
+    try:
+        return datetime.combine(date.fromisoformat(value), time_of_day, UTC)
+    except ValueError:
+        pass  # it is not a date alone
+    try:
+        parsed = datetime.fromisoformat(value)
+        return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a date or a time in the years 1 to 9999") from None
+
+
+class PageQuery(BaseModel):
+    page: int = Field(default=1, ge=1)
+    size: int = Field(default=20, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def check_depth(self) -> Self:
+        if self.page * self.size > 10_000:  # OFFSET reads all rows that it skips
+            raise ValueError("page * size must be at most 10000")
+        return self
+
+
+class Page(BaseModel, Generic[Item]):
+    items: list[Item]
+    total: int | None = None
+    page: int | None = None
+    size: int
+    pages: int | None = None
+
+
+async def paginate(
+    session: AsyncSession,
+    statement: Any,
+    order: tuple[Any, ...],
+    query: PageQuery,
+    model: type[Item],
+    count: Any = None,
+) -> Page[Item]:
+    """One page of what the statement selects. The database sorts ids, which are small, and then
+    reads the rows of this page alone."""
+    table = statement.column_descriptions[0]["entity"]
+    if count is None:
+        count = statement.with_only_columns(func.count(), maintain_column_froms=True)
+    total = (await session.exec(count)).one()
+    offset = (query.page - 1) * query.size
+    items: list[Item] = []
+    if offset < total:
+        ids = statement.with_only_columns(table.id).order_by(*order)
+        ids = ids.offset(offset).limit(query.size)
+        rows = await session.exec(select(table).where(table.id.in_(ids)).order_by(*order))
+        items = [model.model_validate(row) for row in rows]
+    pages = ceil(total / query.size)
+    return Page(items=items, total=total, page=query.page, size=query.size, pages=pages)
+
+
+PageParams = Annotated[PageQuery, Query()]
+
+
+class PostQuery(PageQuery):
+    author: Annotated[str, StringConstraints(max_length=100), NO_NUL] = ""
+    min_date: Annotated[datetime | None, BeforeValidator(parse_time, str)] = None
+    max_date: Annotated[
+        datetime | None, BeforeValidator(partial(parse_time, time_of_day=time.max), str)
+    ] = None
+    sort: Sort | None = None
+    before: Id | None = None
+
+    @model_validator(mode="after")
+    def check_before(self) -> Self:
+        if self.before and self.model_fields_set & {"page", "sort"}:
+            raise ValueError("before goes with neither page nor sort")
+        return self
+
+
+POST_BY_ID = select(Post).where(Post.id == sa.bindparam("post_id"))
+ALL_POSTS = select(func.count()).select_from(Post).scalar_subquery()
+DRAFTS = select(func.count()).where(~col(Post.is_published)).scalar_subquery()
+COUNT_PUBLISHED = select(ALL_POSTS - DRAFTS)  # faster than to count the published ones
+# By its index the planner would sort all posts of a year by title to show the first twenty.
+CREATED_AT_WITHOUT_INDEX = func.coalesce(Post.created_at, Post.created_at)
+
+
+def may_change(me: UserRead | None, author_id: int) -> bool:
+    return me is not None and (me.is_superuser or me.id == author_id)
+
+
+async def find_post(
+    session: AsyncSession, post_id: int, me: UserRead | None, statement: Any = POST_BY_ID
+) -> Post:
+    """Drafts are visible only to their author and to superusers."""
+    post: Post | None = (await session.exec(statement, params={"post_id": post_id})).first()
+    if post is None or not (post.is_published or may_change(me, post.author_id)):
+        raise APIError("NOT_FOUND", "Post not found")
+    return post
+
+
+async def get_visible_post(post_id: Id, me: OptionalUser, session: ReadSession) -> Post:
+    return await find_post(session, post_id, me)
+
+
+async def get_post_to_change(post_id: Id, me: CurrentUser, session: WriteSession) -> Post:
+    """Visible to the user, and locked until the commit."""
+    return await find_post(session, post_id, me, POST_BY_ID.with_for_update(of=Post))
+
+
+VisiblePost = Annotated[Post, Depends(get_visible_post)]
+PostToChange = Annotated[Post, Depends(get_post_to_change)]
+
+
+async def get_own_post(post: PostToChange, me: CurrentUser) -> Post:
+    if not may_change(me, post.author_id):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This post is somebody else's")
+    return post
+
+
+OwnPost = Annotated[Post, Depends(get_own_post)]
+
+
+async def announce_post(kind: EventKind, post: Post, subject: SQLModel | None = None) -> None:
+    """What happens to drafts is no news."""
+    if post.is_published:
+        await announce(kind, subject or PostRead.model_validate(post))
+
+
+def filter_posts(query: PostQuery, created_at: Any) -> Any:
+    statement = select(Post).where(Post.is_published)
+    if query.author:
+        names = [col(User.first_name), col(User.last_name)]
+        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
+        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
+    if query.min_date:
+        statement = statement.where(created_at >= query.min_date)
+    if query.max_date:
+        statement = statement.where(created_at <= query.max_date)
+    return statement
+
+
+posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
+
+
+@posts.get("", openapi_extra=ANONYMOUS_TOO)
+async def list_posts(
+    query: Annotated[PostQuery, Query()], me: OptionalUser, session: ReadSession
+) -> Page[PostRead]:
+    """Published posts, newest first. `before` reads on from a post, fast however many there are."""
+    sort = query.sort or "-id"
+    column = getattr(Post, sort.removeprefix("-"))
+    is_by_time = column is Post.created_at
+    statement = filter_posts(query, Post.created_at if is_by_time else CREATED_AT_WITHOUT_INDEX)
+    if query.before:
+        statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
+        rows = await session.exec(statement.limit(query.size))
+        return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
+    order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
+    count = COUNT_PUBLISHED
+    if query.author or query.min_date or query.max_date:
+        count = filter_posts(query, Post.created_at).with_only_columns(func.count())
+    return await paginate(session, statement, order, query, PostRead, count)
+
+
+@posts.post("", status_code=201, responses=errors(409))
+async def create_post(
+    body: PostCreate, me: CurrentUser, session: WriteSession, request: Request, response: Response
+) -> PostRead:
+    """Write a post: a draft, unless you publish it at once."""
+    post = Post.model_validate(body, update={"author_id": me.id})
+    session.add(post)
+    await session.commit()
+    created = PostRead.model_validate(post, update={"author": me})
+    if post.is_published:
+        await announce("post.published", created)
+    response.headers["Location"] = request.url_for("get_post", post_id=post.id).path
+    return created
+
+
+@posts.get("/{post_id}", responses=errors(404), openapi_extra=ANONYMOUS_TOO)
+async def get_post(post: VisiblePost) -> PostRead:
+    """One post. Drafts are visible only to their author and to superusers."""
+    return PostRead.model_validate(post)
+
+
+@posts.put("/{post_id}", name="put_post", responses=errors(403, 404, 409))
+@posts.patch("/{post_id}", responses=errors(403, 404, 409))
+async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) -> PostRead:
+    """Change the fields that are sent. With `version` only if nobody was faster."""
+    if body.version not in (None, post.version):
+        raise APIError("CONFLICT", f"The post has changed: its version is {post.version}")
+    changes = body.model_dump(exclude_unset=True, exclude={"version"})
+    if changes:
+        post.sqlmodel_update(changes | {"updated_at": utc_now()})
+        await session.commit()
+        await announce_post("post.updated", post)
+    return PostRead.model_validate(post)
+
+
+@posts.delete("/{post_id}", status_code=204, responses=errors(403, 404))
+async def delete_post(post: OwnPost, session: WriteSession) -> None:
+    """Delete a post and its comments."""
+    await session.delete(post)
+    await session.commit()
+    await announce_post("post.deleted", post, PostDeleted(id=post.id))
+
+
+@posts.post("/{post_id}/publish", responses=errors(403, 404))
+async def publish_post(post: PostToChange, me: CurrentUser, session: WriteSession) -> PostRead:
+    """Publish your draft. There is no way back; doing it twice changes nothing."""
+    if post.author_id != me.id:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only its author publishes a post")
+    if not post.is_published:
+        post.is_published = True
+        await session.commit()
+        await announce_post("post.published", post)
+    return PostRead.model_validate(post)
+
+
+app.include_router(posts)
+
+
+@app.get(f"{API}/users/me/posts", tags=["posts"], responses=errors(401, 422, 429))
+async def list_own_posts(
+    query: PageParams, me: CurrentUser, session: ReadSession
+) -> Page[PostRead]:
+    """Your own posts, newest first, drafts included."""
+    statement = select(Post).where(Post.author_id == me.id)
+    return await paginate(session, statement, (col(Post.id).desc(),), query, PostRead)
+
+
+# --- Comments -------------------------------------------------------------------------------------
+# The smallest example of it all: a table, its schemas, three routes. Who does not see a post sees
+# none of its comments.
+
+CommentText = Annotated[
+    str,
+    Field(min_length=1, max_length=500),
+    StringConstraints(strip_whitespace=True),
+    NO_NUL,
+    Examples(["Mine too."]),
+]
+
+
+class CommentCreate(StrictBody):
     text: CommentText
 
 
-class Comment(CommentCreate, Stored, table=True):
+class Comment(CommentCreate, TableBase, table=True):
     author_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
     post_id: int = Field(foreign_key="post.id", ondelete="CASCADE", index=True)
     author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
@@ -647,550 +1677,367 @@ class CommentRead(CommentCreate):
     created_at: datetime
 
 
-class PageQuery(BaseModel):
-    page: int = Field(default=1, ge=1, le=2**31 - 1)
-    size: int = Field(default=20, ge=1, le=100)
+class CommentDeleted(SQLModel):
+    id: int
+    post_id: int
+
+
+comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
+
+
+@comments.get("/posts/{post_id}/comments", openapi_extra=ANONYMOUS_TOO)
+async def list_comments(
+    post: VisiblePost, query: PageParams, session: ReadSession
+) -> Page[CommentRead]:
+    """The comments on a post, oldest first."""
+    statement = select(Comment).where(Comment.post_id == post.id)
+    return await paginate(session, statement, (col(Comment.id),), query, CommentRead)
+
+
+@comments.post("/posts/{post_id}/comments", status_code=201, responses=errors(409))
+async def create_comment(
+    post: PostToChange, body: CommentCreate, me: CurrentUser, session: WriteSession
+) -> CommentRead:
+    """Comment on a post that you see."""
+    comment = Comment.model_validate(body, update={"author_id": me.id, "post_id": post.id})
+    session.add(comment)
+    await session.commit()
+    created = CommentRead.model_validate(comment, update={"author": me})
+    await announce_post("comment.created", post, created)
+    return created
+
+
+@comments.delete("/comments/{comment_id}", status_code=204, responses=errors(403, 409))
+async def delete_comment(comment_id: Id, me: CurrentUser, session: WriteSession) -> None:
+    """Delete a comment of yours, or one on your post."""
+    comment = await session.get(Comment, comment_id)
+    if comment is None:
+        raise APIError("NOT_FOUND", "Comment not found")
+    post = await find_post(session, comment.post_id, me)
+    if not (may_change(me, comment.author_id) or may_change(me, post.author_id)):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This comment is somebody else's")
+    await session.delete(comment)
+    await session.commit()
+    subject = CommentDeleted(id=comment_id, post_id=post.id)
+    await announce_post("comment.deleted", post, subject)
+
+
+app.include_router(comments)
+
+
+# --- Users ----------------------------------------------------------------------------------------
+# What people do with their own account, and admins with all of them. `{user}` in a path is an id or
+# `me`. Nobody changes their own role: so an admin always remains.
+
+
+def require_role(role: Role) -> Callable[[UserRead], UserRead]:
+    """Makes a dependency: `Depends(require_role("admin"))`."""
+
+    def check_role(me: CurrentUser) -> UserRead:
+        if me.role != role:
+            raise APIError("INSUFFICIENT_PERMISSIONS", f"Only for the role {role}")
+        return me
+
+    return check_role
+
+
+Superuser = Annotated[UserRead, Depends(require_role("admin"))]
+
+
+class UserCreateByAdmin(UserCreate):
+    role: Role = "user"
+    is_active: StrictBool = True
+
+
+class UserUpdate(UserBase):
+    """Only the fields that are sent change. null clears what may be empty."""
+
+    model_config = {"json_schema_extra": {"example": {"first_name": "Dora", "bio": "Bees!"}}}
+
+    bio: Bio = None
+    avatar_url: AvatarUrl = None
+    email: Email = Field(default="")
+    password: Password = Field(default="")
+    current_password: Annotated[str, StringConstraints(max_length=128)] = ""
+    role: Role = Field(default="user")
+    is_active: StrictBool = Field(default=True)
 
 
 class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-def read_moment(text: str, at: time = time.min) -> datetime:
-    """A time, or a date at its first moment or another; UTC where no zone is given."""
-    with suppress(ValueError):
-        return datetime.combine(date.fromisoformat(text), at, UTC)
-    with suppress(ValueError, OverflowError):
-        found = datetime.fromisoformat(text)
-        return found.replace(tzinfo=found.tzinfo or UTC).astimezone(UTC)
-    raise ValueError("must be a date or a time in the years 1 to 9999")
+async def get_user_id(user: Literal["me"] | Id, me: CurrentUser) -> int:
+    return me.id if user == "me" else user
 
 
-last_moment = partial(read_moment, at=time.max)
+UserId = Annotated[int, Depends(get_user_id)]
 
 
-class PostQuery(PageQuery):
-    author: Annotated[str, StringConstraints(max_length=100, pattern=NO_NUL)] = ""
-    min_date: Annotated[datetime | None, BeforeValidator(read_moment, str)] = None
-    max_date: Annotated[datetime | None, BeforeValidator(last_moment, str)] = None
-    sort: Sort | None = None
-    before: Id | None = None
-
-    @model_validator(mode="after")
-    def by_key_or_by_page(self) -> "PostQuery":
-        if self.before and self.model_fields_set & {"page", "sort"}:
-            raise ValueError("before goes with neither page nor sort")
-        return self
+async def get_own_user_id(user_id: UserId, me: CurrentUser) -> int:
+    """Their own id, or any for a superuser. The refusal does not tell which ids exist."""
+    if user_id != me.id and not me.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This account is somebody else's")
+    return user_id
 
 
-class Page(BaseModel, Generic[Item]):
-    """Of a page that was found by its key nobody knows the number."""
-
-    items: list[Item]
-    total: int | None = None
-    page: int | None = None
-    size: int
-    pages: int | None = None
+async def check_still_superuser(session: AsyncSession, me: UserRead) -> None:
+    """Looked at again where it counts: in the transaction, locked until the commit."""
+    row = await session.get(User, me.id, with_for_update=True, populate_existing=True)
+    if row is None or not (row.is_superuser and row.is_active):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
 
 
-# --- Database -------------------------------------------------------------------------------------
-# SQLite takes many readers beside one writer, so there are two engines: readers that do not wait
-# for the writer, and a writer with one connection, where writers queue instead of being "locked".
-# PostgreSQL needs no such care: there both names mean one engine.
+async def find_user(session: AsyncSession, user_id: int) -> User:
+    user = await session.get(User, user_id)
+    if user is None:
+        raise APIError("NOT_FOUND", "User not found")
+    return user
 
 
-def on_connect(connection: Any, _: Any) -> None:
-    """The timeout comes first: even the switch to WAL may have to wait for another process."""
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+async def check_current_password(
+    me: UserRead, password: str, request: Request, session: AsyncSession
+) -> str:
+    """Counts by email as a login does, since it is one more way to guess. Returns what fits."""
+    await limit_email(me.email, request)
+    row = await session.get(User, me.id)
+    await session.close()
+    if row is None or not await verify_password(password, row.hashed_password):
+        raise APIError("INSUFFICIENT_PERMISSIONS", "current_password is missing or wrong")
+    return row.hashed_password
 
 
-def on_begin(connection: Connection) -> None:
-    """Takes the lock before the first read: a reader who wants to write later may be too late."""
-    sqlite: Any = connection.connection.dbapi_connection
-    sqlite.run_async(lambda raw: raw.execute_fetchall("BEGIN IMMEDIATE"))
+def check_may_change_role(sent: set[str], user_id: int, me: UserRead) -> None:
+    if not sent & {"role", "is_active"}:
+        return
+    if not me.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins change role and is_active")
+    if user_id == me.id:
+        raise APIError("CONFLICT", "Nobody changes their own role, so that an admin remains")
 
 
-class OneTrip(aiosqlite.AsyncAdapt_aiosqlite_cursor):
-    """Runs a statement in one trip to the thread of its connection, where SQLAlchemy makes four."""
-
-    __slots__ = ()
-    _awaitable_cursor_close = False
-
-    def _make_new_cursor(self, connection: Any) -> Any:
-        return None  # the thread makes one for each statement
-
-    def _aenter_cursor(self, cursor: Any) -> Any:
-        return None
-
-    def run(self, method: str, *statement: Any) -> None:
-        cursor = self._connection._conn.cursor()
-        getattr(cursor, method)(*statement)
-        self._cursor, self._rows = cursor, deque(cursor.fetchall())
-
-    async def _execute_async(self, statement: Any, values: Any) -> None:
-        await self._connection._execute(self.run, "execute", statement, values or ())
-
-    async def _executemany_async(self, statement: Any, values: Any) -> None:
-        await self._connection._execute(self.run, "executemany", statement, values)
+users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
 
 
-class FirstComeFirstServed(AsyncAdaptedQueue[Any]):
-    """The free connections. SQLAlchemy's own queue lets latecomers pass those who wait."""
-
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self.free = asyncio.Semaphore(0)
-
-    def put_nowait(self, item: Any) -> None:
-        super().put_nowait(item)
-        self.free.release()
-
-    async def wait(self, seconds: float | None) -> None:
-        async with asyncio.timeout(seconds):
-            await self.free.acquire()
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        with suppress(TimeoutError):
-            if block or not self.free.locked():
-                await_(self.wait(timeout))
-                return self.get_nowait()
-        raise Empty
+async def end_logins(session: AsyncSession, user_id: int) -> None:
+    await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user_id))
 
 
-aiosqlite.AsyncAdapt_aiosqlite_connection._cursor_cls = OneTrip
-AsyncAdaptedQueuePool._queue_class = FirstComeFirstServed
-options: dict[str, Any] = {"pool_timeout": 5, "hide_parameters": True}
-if settings.sqlite_file is None:
-    options |= {"connect_args": {"timeout": 5, "command_timeout": 5}, "pool_pre_ping": True}
-    options |= {"pool_size": 5, "max_overflow": 10}
-    readers = writer = create_async_engine(settings.database_url, **options)
-else:
-    # There is no transaction but the one that on_begin begins.
-    options |= {"max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
-    writer = create_async_engine(settings.database_url, pool_size=1, **options)
-    options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves round trips
-    readers = create_async_engine(settings.database_url, pool_size=2, **options)
-    event.listen(writer.sync_engine, "begin", on_begin)
-    for engine in (readers, writer):
-        event.listen(engine.sync_engine, "connect", on_connect)
+@users.get("", responses=errors(403))
+async def list_users(
+    query: Annotated[UserQuery, Query()], me: CurrentUser, session: ReadSession
+) -> Page[UserRead] | Page[UserPublic]:
+    """All users, by id. Superusers see every field, and may filter by `is_active`."""
+    statement = select(User)
+    if query.is_active is not None:
+        if not me.is_superuser:
+            raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins filter by is_active")
+        statement = statement.where(User.is_active == query.is_active)
+    order = (col(User.id),)
+    if me.is_superuser:
+        return await paginate(session, statement, order, query, UserRead)
+    return await paginate(session, statement, order, query, UserPublic)
 
 
-def reading() -> AsyncSession:
-    return AsyncSession(readers, expire_on_commit=False)
+@users.post("", status_code=201, responses=errors(403, 409))
+async def create_user(
+    body: UserCreateByAdmin, me: Superuser, session: WriteSession, send_welcome: bool = False
+) -> UserRead:
+    """Make an account for somebody."""
+    hashed_password = await hash_password(body.password)
+    await check_still_superuser(session, me)
+    user = await add_user(session, body, hashed_password)
+    if send_welcome:
+        await announce("user.invited", user)
+    return user
 
 
-async def read_db() -> AsyncIterator[AsyncSession]:
-    async with reading() as db:
-        yield db
+@users.get("/{user}", responses=errors(404))
+async def get_user(user_id: UserId, me: CurrentUser, session: ReadSession) -> UserRead | UserPublic:
+    """One user. Yourself you see with every field, and so do superusers everybody."""
+    user = await find_user(session, user_id)
+    if user_id == me.id or me.is_superuser:
+        return UserRead.model_validate(user)
+    return UserPublic.model_validate(user)
 
 
-async def write_db() -> AsyncIterator[AsyncSession]:
-    """Waits for the writer at its first statement; what was not committed in the end is undone."""
-    async with AsyncSession(writer, expire_on_commit=False) as db:
-        yield db
+@users.patch("/{user}", responses=errors(403, 404, 409))
+async def update_user(
+    user_id: Annotated[int, Depends(get_own_user_id)],
+    body: UserUpdate,
+    me: CurrentUser,
+    request: Request,
+    read_session: ReadSession,
+    session: WriteSession,
+) -> UserRead:
+    """Change the fields that are sent. Your own email or password needs `current_password`."""
+    sent = body.model_fields_set
+    check_may_change_role(sent, user_id, me)
+    checked = None
+    if user_id == me.id and sent & {"email", "password"}:
+        checked = await check_current_password(me, body.current_password, request, read_session)
+    changes = body.model_dump(exclude_unset=True, exclude={"password", "current_password"})
+    if "password" in sent:
+        changes["hashed_password"] = await hash_password(body.password)
+    if user_id != me.id:
+        await check_still_superuser(session, me)
+    user = await find_user(session, user_id)
+    if checked not in (None, user.hashed_password):
+        raise APIError("CONFLICT", "Your password has changed in the meantime")
+    user.sqlmodel_update(changes)
+    if "password" in sent or not user.is_active:
+        await end_logins(session, user_id)
+    await commit_user(session)
+    for field in sent & {"password", "role", "is_active"}:
+        logger.info("user %s: %s changed by user %s", user_id, field, me.id)
+    return UserRead.model_validate(user)
 
 
-# With scope "function" the connection goes back when the route returns, not when all is sent.
-ReadDB = Annotated[AsyncSession, Depends(read_db, scope="function")]
-WriteDB = Annotated[AsyncSession, Depends(write_db, scope="function")]
+@users.delete("/{user}", status_code=204, responses=errors(403, 404, 409))
+async def delete_user(user_id: UserId, me: Superuser, session: WriteSession) -> None:
+    """Delete a user and everything that is theirs."""
+    if user_id == me.id:
+        raise APIError("CONFLICT", "Nobody deletes themselves, so that an admin remains")
+    await check_still_superuser(session, me)
+    user = await find_user(session, user_id)
+    statement = sa.delete(Post).where(col(Post.author_id) == user_id)
+    posts = await session.exec(statement.returning(col(Post.id), col(Post.is_published)))
+    deleted = [post.id for post in posts if post.is_published]
+    await session.delete(user)
+    await session.commit()
+    for post_id in deleted:
+        await announce("post.deleted", PostDeleted(id=post_id))
 
 
-async def page_of(
-    db: AsyncSession, rows: Any, asked: PageQuery, kind: type[Page[Item]], count: Any = None
-) -> Page[Item]:
-    """The page that was asked for; its kind says what is shown of a row."""
-    if count is None:
-        count = rows.with_only_columns(func.count(), maintain_column_froms=True).order_by(None)
-    total = (await db.exec(count)).one()
-    items = (await db.exec(rows.offset((asked.page - 1) * asked.size).limit(asked.size))).all()
-    found = {"items": items, "total": total, "pages": -(-total // asked.size)}
-    return kind.model_validate(found | {"page": asked.page, "size": asked.size})
+@at_start
+async def make_first_superuser() -> AsyncIterator[None]:
+    """An admin who is there already is left alone."""
+    email = settings.first_superuser_email
+    password = settings.first_superuser_password
+    if email and password:
+        hashed_password = await hash_password(password)
+        async with prepare_database() as session:
+            user = (await session.exec(select(User).where(User.email == email))).first()
+            if user is None or not user.is_superuser:
+                user = user or User(email=email, hashed_password="")
+                user.hashed_password = hashed_password
+                user.role = "admin"
+                user.is_active = True
+                session.add(user)
+                await session.flush()
+                await end_logins(session, user.id)
+    yield
 
 
-# --- Security -------------------------------------------------------------------------------------
-# Passwords become bcrypt hashes, in threads and never while a connection is held: one takes 0.2 s.
-# A token names its session, and is worth something only while the row of that session exists.
-
-MAX_WAITING_PASSWORDS = 64
-REFRESH_GRACE = timedelta(seconds=10)
-DECOY = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"  # costs what a real hash costs, fits nothing
-TOKEN = re.compile(r"[\w-]{1,1000}\.[\w-]{1,3000}\.[\w-]{43}", re.ASCII)
-cores = CapacityLimiter(max(1, (os.cpu_count() or 1) // settings.workers))
+app.include_router(users)
 
 
-async def run_bcrypt(work: Callable[[bytes, bytes], Item], password: str, salt: bytes) -> Item:
-    """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
-    if cores.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
-        raise Refusal("UNAVAILABLE", "Too many passwords are waiting")
-    digest = hashlib.sha256(password.encode(errors="surrogatepass")).digest()
-    return await to_thread.run_sync(work, base64.b64encode(digest), salt, limiter=cores)
+# --- Verify ---------------------------------------------------------------------------------------
+# A proxy that guards another app asks here before each request: who is this, and may they?
 
 
-async def hash_password(password: str) -> str:
-    salt = bcrypt.gensalt(settings.bcrypt_rounds)
-    return (await run_bcrypt(bcrypt.hashpw, password, salt)).decode()
+class VerifyQuery(BaseModel):
+    """A parameter that is not known is refused, so that a typo never opens a gate."""
+
+    model_config = {"extra": "forbid"}
+
+    role: list[Role] = Field(default=["user"], max_length=1)  # a list, or the last one would win
 
 
-async def password_fits(password: str, user: User | None) -> bool:
-    """For nobody it takes as long as for somebody: the time must not tell who has an account."""
-    hashed = user.hashed_password if user else DECOY
-    return await run_bcrypt(bcrypt.checkpw, password, hashed.encode())
-
-
-def kept_secret() -> bytes:
-    """The key beside the database: linked into place, so that of several processes one wins."""
-    kept = Path(f"{settings.sqlite_file}.key")
-    if not kept.exists():
-        with TemporaryDirectory(dir=kept.parent) as folder, suppress(FileExistsError):
-            aside = Path(folder, "key")
-            aside.touch(mode=0o600)
-            aside.write_text(secrets.token_urlsafe(48))
-            kept.hardlink_to(aside)
-    secret = kept.read_bytes().strip()
-    if len(secret) < 32:
-        raise ValueError(f"the key in {kept} is shorter than 32 bytes")
-    return secret
-
-
-@cache
-def signing_key() -> Any:
-    # As plain text jose would refuse a secret that looks like a public key.
-    encoded = base64.urlsafe_b64encode(settings.secret_key or kept_secret())
-    return jwk.construct({"kty": "oct", "k": encoded.decode()}, "HS256")
-
-
-class Claims(BaseModel):
-    """What every token must say."""
-
-    sub: str
-    sid: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43}$")]
-    jti: str
-    type: Literal["access", "refresh"]
-    iat: int
-    exp: int
-
-
-def sign(session: LoginSession, kind: str, jti: str, issued: datetime, expires: datetime) -> str:
-    claims = {"sub": str(session.user_id), "sid": session.id, "jti": jti, "type": kind}
-    return str(jwt.encode(claims | {"iat": issued, "exp": expires}, signing_key(), "HS256"))
-
-
-def issue(session: LoginSession, response: Response) -> Tokens:
-    """The refresh token follows from the row alone: whoever asks again in time gets the same."""
-    response.headers["Cache-Control"] = "no-store"
-    issued, end = now(), session.expires_at
-    expires = min(end, issued + timedelta(minutes=settings.access_token_expire_minutes))
-    return Tokens(
-        access_token=sign(session, "access", secrets.token_urlsafe(), issued, expires),
-        refresh_token=sign(session, "refresh", session.refresh_jti, session.rotated_at, end),
-        expires_in=int((expires - issued).total_seconds()),
+@app.get(
+    f"{API}/auth/verify", tags=["auth"], response_class=Response, responses=errors(401, 403, 422)
+)
+async def verify(query: Annotated[VerifyQuery, Query()], me: CurrentUser) -> Response:
+    """Who sent this token? With `role=admin` only admins pass."""
+    if "admin" in query.role and not me.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
+    keep = string.punctuation.replace("%", "") + " "
+    return Response(
+        headers={
+            "Remote-User": str(me.id),
+            "Remote-Name": quote(me.full_name, safe=keep),
+            "Remote-Email": quote(me.email, safe=keep),
+            "Remote-Groups": me.role,
+            "Cache-Control": "private, no-store",
+        }
     )
 
 
-def read_token(token: str, kind: str) -> Claims:
-    """Whatever is wrong with it, the answer is the same."""
-    if not TOKEN.fullmatch(token):
-        raise Refusal("INVALID_TOKEN")
-    with suppress(Exception):  # jose lets errors of all kinds escape
-        claims = Claims.model_validate(jwt.decode(token, signing_key(), ["HS256"]))
-        if claims.type == kind:
-            return claims
-    raise Refusal("INVALID_TOKEN")
-
-
-# --- Redis ----------------------------------------------------------------------------------------
-# What processes share where REDIS_URL is set: counts of requests and logs of events. While Redis
-# does not answer, each process goes on by itself.
-
-TRIP_SECONDS = 0.045  # a request makes two at most, and shall not wait longer than 0.1
-COUNT = """
-    local count = redis.call('INCR', KEYS[1])
-    if count == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
-    return {count, redis.call('PTTL', KEYS[1])}"""
-
-
-class Redis:
-    """Carries texts; what they mean is known below."""
-
-    def __init__(self) -> None:
-        self.up: bool | None = None  # None: nobody has tried
-        self.readers: dict[str, Callable[[list[str]], None]] = {}  # by the name of their log
-        self.places: dict[str, str] = {}
-        self.commands: list[tuple[Any, ...]] = []
-        self.trip: asyncio.Task[list[Any]] | None = None
-        self.road = asyncio.Lock()
-        if settings.redis_url:
-            self.hearing = redis_client(settings.redis_url)
-            self.asking = self.hearing.connection_pool.make_connection()
-
-    @asynccontextmanager
-    async def within(self, seconds: float) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(seconds):
-                yield
-        except Exception as error:  # whatever it is, no request fails for it
-            self.note(False, f"fails ({type(error).__name__})")
-
-    def note(self, up: bool, what: str) -> None:
-        if up != self.up:
-            self.up = up
-            log.warning("Redis %s; limits and events are %sshared", what, "" if up else "not ")
-
-    async def ask(self, *command: Any) -> Any:
-        """The answer, or None. Whoever comes while a trip is under way shares the next one."""
-        self.trip = trip = self.trip or asyncio.create_task(self.travel())
-        self.commands.append(command)
-        place = len(self.commands) - 1
-        for _ in range(8):  # in parts, so that a pause of our own does not count as one of theirs
-            if not (await asyncio.wait([trip], timeout=TRIP_SECONDS / 8))[1]:
-                return trip.result()[place] if trip.result() else None
-        self.note(False, "does not answer in time")
-
-    async def travel(self) -> list[Any]:
-        """All that was asked meanwhile, in one trip; one at a time is on the road."""
-        async with self.road, self.within(1):
-            commands, self.commands, self.trip = self.commands, [], None
-            if self.up:
-                await self.asking.send_packed_command(self.asking.pack_commands(commands))
-                return [await self.asking.read_response() for _ in commands]
-        return []
-
-    async def meet(self) -> None:
-        """Can it count, and where do its logs end? What stands there is read at the start alone."""
-        await self.hearing.eval(COUNT, 1, "nutshell:up", 1)
-        await self.asking.disconnect(nowait=True)  # who still waits there, waits in vain
-        async with self.road:
-            await self.asking.connect()
-        for name in self.readers.keys() - self.places.keys():
-            old = await self.hearing.xrange(name)
-            self.places[name] = old[-1][0] if old else "0-0"
-            if self.up is None:
-                self.readers[name]([entry["text"] for _, entry in old])
-        self.note(True, "answers")
-
-    async def listen(self) -> None:
-        """Waits a second for what is written to the logs, by anyone, and hands it on."""
-        if not self.up:
-            await self.meet()
-        await self.ask("PING")  # so that nobody on the way thinks this connection idle
-        for name, new in await self.hearing.xread(self.places, count=100, block=1_000):
-            self.places[name] = new[-1][0]
-            self.readers[name]([entry["text"] for _, entry in new])
-
-    async def follow(self) -> None:
-        while True:
-            async with self.within(3):
-                await self.listen()
-            if not self.up:
-                await asyncio.sleep(0.5)
-
-
-redis = Redis()
-
-
-@asynccontextmanager
-async def in_touch() -> AsyncIterator[None]:
-    """With the other processes, for as long as we serve."""
-    async with redis.within(1):
-        await redis.meet()
-    following = asyncio.create_task(redis.follow())
-    yield
-    following.cancel()
-    async with redis.within(1):
-        await redis.hearing.aclose()
-        await redis.asking.disconnect()
-
-
-# --- Rate limiter ---------------------------------------------------------------------------------
-# Each client has so many requests in a window of time, which opens at the first of them. So at the
-# edge of two windows twice as many may pass: that is the price of a count that needs no history.
-# The front door keeps the headers of a request as `asked`, and adds to the answer what is `told`.
-
-SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
-MAX_WINDOWS = 20_000
-UNLIMITED = ("/health", f"{API}/auth/verify", "/docs", "/redoc", "/openapi.json")
-STRICT = (f"{API}/auth/register", f"{API}/auth/login")
-
-
-class Limiter:
-    """Two dictionaries take turns: when a window is over, or one is full, the older is dropped."""
-
-    def __init__(self, name: str, rate: str, times: int = 1) -> None:
-        number, _, unit = rate.partition("/")
-        self.quota, self.seconds = (int(number) * times, SECONDS[unit]) if unit else (0, 0)
-        self.name, self.policy = name, f'"{name}";q={self.quota};w={self.seconds}'.encode()
-        self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
-        self.old: dict[str, tuple[int, float]] = {}
-        self.turn = 0.0  # when the new ones become the old ones
-
-    async def hit_together(self, key: str) -> tuple[int, int] | None:
-        """The same as below for all processes at once; None while Redis does not answer."""
-        name = f"nutshell:{self.name}:{self.seconds}:{key}"
-        found = await redis.ask("EVAL", COUNT, 1, name, self.seconds * 1_000)
-        return (self.quota - found[0], max(1, ceil(found[1] / 1_000))) if found else None
-
-    def hit(self, key: str, moment: float) -> tuple[int, int]:
-        """Counts one more. How many are left, and the seconds until the window ends."""
-        if moment >= self.turn or len(self.new) >= MAX_WINDOWS:
-            self.old, self.new, self.turn = self.new, {}, moment + self.seconds
-        count, end = self.new.get(key) or self.old.get(key) or (0, moment)
-        if moment >= end:
-            count, end = 0, moment + self.seconds
-        self.new[key] = count + 1, end
-        return self.quota - count - 1, min(self.seconds, ceil(end - moment))
-
-
-limits = Limiter("default", settings.rate_limit)
-auth_limits = Limiter("auth", settings.auth_rate_limit)
-email_limits = Limiter("auth", settings.auth_rate_limit, times=10)
-
-
-@lru_cache(1_000)
-def client_key(address: str) -> str:
-    """IPv6 by the /64 that one customer has, IPv4 as such however it comes, all else as one."""
-    with suppress(ValueError):
-        ip = ip_address(address)
-        if isinstance(ip, IPv6Address) and ip.ipv4_mapped is None:
-            return ip.packed[:8].hex()
-        return str(getattr(ip, "ipv4_mapped", None) or ip)
-    return "unknown"
-
-
-async def limit(limiter: Limiter, key: str, scope: Scope) -> None:
-    """Counts a request and tells the client where it stands, or refuses it."""
-    if limiter.quota == 0:
-        return
-    together = await limiter.hit_together(key) if redis.up else None
-    left, wait = together or limiter.hit(key, perf_counter())
-    told = scope["state"]["told"]
-    if left < 0 or b"ratelimit" not in told:
-        told[b"ratelimit-policy"] = limiter.policy
-        told[b"ratelimit"] = f'"{limiter.name}";r={max(left, 0)};t={wait}'.encode()
-    if left < 0:
-        raise Refusal("RATE_LIMITED", headers={"Retry-After": str(wait)})
-
-
-async def limit_client(scope: Scope) -> None:
-    path = scope["state"]["path"]
-    if path not in UNLIMITED and not path.startswith("/docs/"):
-        limiter = auth_limits if path.startswith(STRICT) else limits
-        await limit(limiter, client_key(scope["state"]["client"]), scope)
+path_limits[f"{API}/auth/verify"] = None
 
 
 # --- Cache ----------------------------------------------------------------------------------------
-# What was read is remembered until somebody writes to the tables it came from. The database layer
-# tells of every write, so no route can forget to; where others may write unseen, nothing is kept.
-
-MAX_KEPT = 2_000
-MAX_KEPT_BYTES = 16 * 1024 * 1024
-WRITE = re.compile(r'(?:INSERT INTO|UPDATE|DELETE FROM) "?(\w+)')
-alone = settings.sqlite_file is not None and settings.workers == 1 and parent_process() is None
-remembers = alone and settings.redis_url is None and settings.cache_seconds > 0
+# What anybody may read comes from memory, ready as it was sent before, until the next commit.
 
 
-class Memory:
-    """It is emptied whole: by a write, when it is full, when it is old. To keep what you read, take
-    the ticket before you read: it changes each time that the memory is emptied."""
-
-    def __init__(self, *tables: str) -> None:
-        self.tables, self.ticket, self.writing = tables, 0, False
-        self.forget()
-        if remembers:
-            event.listen(writer.sync_engine, "before_cursor_execute", self.on_statement)
-            event.listen(writer.sync_engine, "checkin", self.on_checkin)
-
-    def forget(self) -> None:
-        self.kept: dict[Any, Any] = {}
-        self.bytes = 0
-        self.until = perf_counter() + settings.cache_seconds
-        self.ticket += 1
-
-    def get(self, key: Any) -> Any:
-        if perf_counter() > self.until:
-            self.forget()
-        return self.kept.get(key)
-
-    def keep(self, key: Any, value: Any, size: int, ticket: int) -> None:
-        if not remembers or self.writing or ticket != self.ticket or size > MAX_KEPT_BYTES:
-            return
-        if len(self.kept) >= MAX_KEPT or self.bytes + size > MAX_KEPT_BYTES:
-            self.forget()
-        self.kept[key] = value
-        self.bytes += size
-
-    def on_statement(self, connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        """From the first write until its transaction ends nothing is known for sure."""
-        written = WRITE.match(statement)
-        if not statement.startswith("SELECT") and (not written or written[1] in self.tables):
-            self.writing = True
-            self.forget()
-
-    def on_checkin(self, connection: Any, record: Any) -> None:
-        if self.writing:
-            self.writing = False
-            self.forget()
+POSTS_PATH = f"{API}/posts"  # of comments, too
+answers = Memory()
 
 
-answers = Memory("user", "post", "comment")
-identities = Memory("user", "session")
+class Answer(NamedTuple):
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    etag: bytes
 
 
-class AnswerCache:
-    """Stands before FastAPI: what anybody may read is answered from memory, ready as it is."""
+async def collect_answer(app: ASGIApp, scope: Scope, receive: Receive) -> Answer:
+    messages: list[Message] = []
+
+    async def collect(message: Message) -> None:
+        messages.append(message)
+
+    await app(scope, receive, collect)
+    body = b"".join(message.get("body", b"") for message in messages)
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'.encode()
+    return Answer(messages[0]["status"], messages[0]["headers"], body, etag)
+
+
+class CacheMiddleware:
+    """In front of FastAPI, for GETs of posts and comments without a token."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("method") != "GET" or not scope["state"]["path"].startswith(f"{API}/posts"):
+        if scope.get("method") != "GET" or not scope["state"]["path"].startswith(POSTS_PATH):
             return await self.app(scope, receive, send)
-        asked, told = scope["state"]["asked"], scope["state"]["told"]
-        told[b"vary"] = b"Authorization" if b"origin" in asked else b"Origin, Authorization"
-        if b"authorization" in asked:
-            told[b"cache-control"] = b"private, no-cache"
+        request_headers = scope["state"]["request_headers"]
+        headers = scope["state"]["response_headers"]
+        has_origin = b"origin" in request_headers  # then CORS names it
+        headers[b"vary"] = b"Authorization" if has_origin else b"Origin, Authorization"
+        if b"authorization" in request_headers:
             return await self.app(scope, receive, send)
-        key = scope["path"], scope["query_string"]
-        answer, found = answers.get(key), b"hit"
-        if answer is None:
-            answer, found = await self.ask(key, scope, receive), b"miss"
-        status, headers, etag, body = answer
-        if etag:
-            told |= {b"etag": etag, b"cache-control": b"public, max-age=0, must-revalidate"}
-            told |= {b"x-cache": found} if remembers else {}
-            known = asked.get(b"if-none-match", b"")
-            if etag in known or known.strip() == b"*":
-                status, headers, body = 304, [], b""
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        key = (scope["path"], scope["query_string"], scope.get("root_path"))
+        generation, remembered = await answers.get(key)
+        answer = remembered or await collect_answer(self.app, scope, receive)
+        if answer.status == 200:
+            if remembered is None:
+                size = len(answer.body) + len(scope["path"]) + len(scope["query_string"]) + 1_000
+                answers.keep(key, answer, size, generation)
+            if generation:
+                headers[b"x-cache"] = b"hit" if remembered else b"miss"
+            headers[b"etag"] = answer.etag
+            headers[b"cache-control"] = b"public, max-age=0, must-revalidate"
+            known = request_headers.get(b"if-none-match", b"")
+            if answer.etag in known or known.strip() == b"*":
+                answer = Answer(304, [], b"", answer.etag)
+        start = {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": answer.body})
 
-    async def ask(self, key: tuple[str, bytes], scope: Scope, receive: Receive) -> Any:
-        ticket, parts = answers.ticket, []
 
-        async def collect(part: Message) -> None:
-            parts.append(part)
-
-        await self.app(scope, receive, collect)
-        status, headers = parts[0]["status"], parts[0]["headers"]
-        body = b"".join(part.get("body", b"") for part in parts)
-        if status != 200:
-            return status, headers, b"", body
-        etag = b'"%b"' % hashlib.blake2b(body, digest_size=16).hexdigest().encode()
-        answer = status, headers, etag, body
-        answers.keep(key, answer, len(body) + len(key[0]) + len(key[1]) + 1_000, ticket)
-        return answer
+app.user_middleware.append(Middleware(CacheMiddleware))
 
 
 # --- Live events ----------------------------------------------------------------------------------
-# A hub is a log of the last events. Every listener keeps its own place in it, so that what was
-# missed and what is new are read by the same lines. There are no queues: who is too slow falls out
-# of the log and is dropped, and delays nobody.
+# What happens to published posts, as a stream. The hub is a log of the last events that each
+# listener follows at its own pace: there are no queues, and a slow client delays nobody.
 
-PATIENCE_SECONDS = 10.0  # for a client that does not speak or read; and between signs of life
 MAX_LISTENERS = 1_000
-MAX_EVENTS = 1_001  # who heard the first of them misses a thousand
+MAX_LISTENERS_OF_CLIENT = 60
+MAX_EVENTS = 1_000  # that can be replayed
+MAX_BEHIND = 10_000  # events that a connected listener may be behind, as while a user is deleted
 
 
 class Event(NamedTuple):
@@ -1200,707 +2047,289 @@ class Event(NamedTuple):
     data: str  # JSON
 
 
-class Hub:
-    def __init__(self, name: str) -> None:
-        self.name, self.run, self.told = f"nutshell:{name}", secrets.token_hex(4), 0
-        self.log = deque([Event(f"{self.run}-0", "start", 0, "")], maxlen=MAX_EVENTS)
-        self.count = 1  # of all that were ever in the log, and so the place behind the newest
-        self.news = asyncio.Event()
-        self.seats = CapacityLimiter(MAX_LISTENERS)
-        self.closed = False
-        redis.readers[self.name] = self.hear
+hubs: list["EventHub"] = []
 
-    async def tell(self, kind: str, post_id: int, data: Any) -> None:
-        """Tells the listeners of all processes, or, while Redis does not answer, our own."""
-        self.told += 1
-        new = Event(f"{self.run}-{self.told}", kind, post_id, to_json(data).decode())
-        entry = "XADD", self.name, "MAXLEN", MAX_EVENTS, "*", "text", to_json(new)
-        if not (redis.up and await redis.ask(*entry)):
-            self.add(new)
 
-    def hear(self, texts: list[str]) -> None:
-        for new in (Event(*json.loads(text)) for text in texts):
-            if new not in self.log:  # else Redis took it, but too late for us to know
-                self.add(new)
+class EventHub:
+    def __init__(self) -> None:
+        self.bus: Callable[[Event], Awaitable[None]] = self.add
+        self.reset()
+        hubs.append(self)
 
-    def add(self, event: Event) -> None:
+    def reset(self) -> None:
+        """A new log for a new start."""
+        self.run = secrets.token_hex(4)
+        self.published = 0
+        self.log: deque[Event] = deque(maxlen=MAX_BEHIND)
+        self.position = 0  # behind the newest event: so many have ever been in the log
+        self.changed = asyncio.Event()
+
+    async def publish(self, kind: str, post_id: int, data: str) -> None:
+        self.published += 1
+        await self.bus(Event(f"{self.run}-{self.published}", kind, post_id, data))
+
+    async def add(self, event: Event) -> None:
         self.log.append(event)
-        self.count += 1
-        self.wake()
+        self.position += 1
+        self.changed.set()  # wakes those who wait now
+        self.changed = asyncio.Event()
 
-    def wake(self) -> None:
-        """Wakes those who wait now; later ones wait for the next event."""
-        self.news.set()
-        self.news = asyncio.Event()
+    def position_after(self, event_id: str) -> int:
+        """-1 if this id is unknown or too old."""
+        run, _, number = event_id.rpartition("-")
+        is_ours = run == self.run and number.isdecimal() and len(number) < 16
+        missed = self.position - int(number) if is_ours else -1
+        return int(number) if 0 <= missed <= MAX_EVENTS else -1
 
-    def close(self) -> None:
-        self.closed = True
-        self.wake()
-
-    def place_after(self, event_id: str) -> int | None:
-        """None for an event that is not, or no longer, in the log."""
-        found = (place for place, event in enumerate(self.log, 1) if event.id == event_id)
-        return next((self.count - len(self.log) + place for place in found), None)
-
-    async def follow(self, place: int, post_id: int | None = None) -> AsyncIterator[list[Event]]:
-        """Events as they come, every ten seconds none. Ends for those who fell out of the log."""
-        pulse = perf_counter() + PATIENCE_SECONDS
-        while not self.closed and self.count - place <= len(self.log):
-            news = self.news  # what comes while we look and tell is not slept through
-            new = [self.log[i] for i in range(place - self.count, 0)]
-            place = self.count
-            if found := [event for event in new if post_id in (None, event.post_id)]:
-                yield found
-            if perf_counter() >= pulse:
-                yield []
-                pulse = perf_counter() + PATIENCE_SECONDS
-            with move_on_after(pulse - perf_counter()):
-                await news.wait()
-
-    def seat(self) -> CapacityLimiter:
-        """Take it with `async with`: it is free again when the listener leaves."""
-        if self.seats.available_tokens == 0:
-            raise Refusal("UNAVAILABLE", "Too many are listening")
-        return self.seats
+    async def subscribe(self, position: int, post_id: int | None = None) -> AsyncIterator[Event]:
+        """What comes after this position. Where the log no longer has it: `reset`."""
+        while True:
+            changed = self.changed
+            while position < self.position:
+                if self.position - position > len(self.log) or position < 0:
+                    position = self.position
+                    yield Event(f"{self.run}-{self.published}", "reset", 0, "{}")
+                    break
+                event = self.log[position - self.position]
+                position += 1
+                if post_id in (None, event.post_id):
+                    yield event
+            else:
+                await changed.wait()
 
 
-events, chat = Hub("events"), Hub("chat")  # what happens to posts, and what is said in rooms
+@at_start
+async def reset_hubs() -> AsyncIterator[None]:
+    for hub in hubs:
+        hub.reset()
+    yield
 
 
-async def announce(kind: str, post: Any, data: Any = None) -> None:
-    """Call it after the commit. What happens to a draft is no news."""
-    if post.is_published:
-        data = data or PostRead.model_validate(post).model_dump(exclude={"content"})
-        await events.tell(kind, post.id, data)
+events = EventHub()
+listening: Counter[str] = Counter()  # by client
+
+
+async def publish_event(kind: EventKind, subject: Any) -> None:
+    if not kind.startswith("user."):
+        post_id = getattr(subject, "post_id", subject.id)
+        await events.publish(kind, post_id, subject.model_dump_json(exclude={"content"}))
+
+
+listeners.append(publish_event)
+
+
+async def get_listener_place(request: HTTPConnection) -> AsyncIterator[None]:
+    """Counts open streams and rooms, until they are closed."""
+    client = client_key(request.state.client)
+    if listening.total() >= MAX_LISTENERS or listening[client] >= MAX_LISTENERS_OF_CLIENT:
+        raise APIError("UNAVAILABLE", "Too many listeners, try again")
+    listening[client] += 1
+    try:
+        yield
+    finally:
+        listening[client] -= 1
+        if not listening[client]:
+            del listening[client]
+
+
+ListenerPlace = Annotated[None, Depends(get_listener_place)]
+live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
+
+
+@live.get("/events", response_class=EventSourceResponse, openapi_extra=ANONYMOUS_TOO)
+async def stream_events(
+    me: OptionalUser,
+    place: ListenerPlace,
+    post_id: Id | None = None,
+    last_event_id: str = "",
+    resumed: Annotated[str, Header(alias="Last-Event-ID")] = "",
+) -> AsyncIterator[ServerSentEvent]:
+    """What happens to published posts, or to one. Name your last event to get what you missed."""
+    last_id = resumed or last_event_id
+    position = events.position_after(last_id) if last_id else events.position
+    async for event in events.subscribe(position, post_id):
+        yield ServerSentEvent(id=event.id, event=event.kind, raw_data=event.data)
+
+
+app.include_router(live)
+
+
+# --- Rooms ----------------------------------------------------------------------------------------
+# Each post has a room, a WebSocket for people who are signed in: they see the post's events, and
+# what others write there. Nothing of it is stored.
+
+CHAT_LIMIT = Limit("chat", 20, 10)
+CHECK_SECONDS = 20.0
+CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008, "RATE_LIMITED": 1008}
+chat = EventHub()
+
+
+class ChatMessage(StrictBody):
+    type: Literal["message"]
+    text: CommentText
+
+
+class Room:
+    """One socket in the room of a post. An error in any of its tasks ends it."""
+
+    def __init__(self, websocket: WebSocket, post_id: int, me: UserRead) -> None:
+        self.websocket = websocket
+        self.post_id = post_id
+        self.me = me
+
+    async def receive(self) -> None:
+        author = Author.model_validate(self.me).model_dump()
+        while True:
+            try:
+                message = ChatMessage.model_validate_json(await self.websocket.receive_text())
+            except (KeyError, ValidationError):  # KeyError: the frame is binary
+                raise APIError("BAD_REQUEST", "Not a message") from None
+            await limiter.check(CHAT_LIMIT, str(self.me.id), self.websocket.scope["state"])
+            data = {"type": "message", "from": author, "text": message.text}
+            await chat.publish("message", self.post_id, json.dumps(data))
+
+    async def forward_events(self, position: int) -> None:
+        async for event in events.subscribe(position, self.post_id):
+            data = f'{{"type":"{event.kind}","id":"{event.id}","data":{event.data}}}'
+            await self.websocket.send_text(data)
+            if event.kind == "post.deleted":
+                raise APIError("NOT_FOUND", "Post not found")
+
+    async def forward_chat(self, position: int) -> None:
+        async for event in chat.subscribe(position, self.post_id):
+            if event.kind == "reset":
+                raise APIError("UNAVAILABLE", "This client is too slow")
+            await self.websocket.send_text(event.data)
+
+    async def check(self, token: str | None, session: AsyncSession) -> None:
+        """Is the token still good, and the post still visible?"""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            me = await get_optional_user(self.websocket, token, session)
+            await find_post(session, self.post_id, me)
+            await session.close()
+
+
+def check_origin(websocket: WebSocket) -> None:
+    """A page of another site must not open a socket from the browser of a user."""
+    origin = websocket.headers.get("origin")
+    host = websocket.headers.get("host")
+    known = {f"http://{host}", f"https://{host}", *settings.cors_origins}
+    if origin and origin not in known and "*" not in known:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
+
+
+@app.websocket(f"{API}/ws/posts/{{post_id}}", dependencies=[Depends(check_origin)])
+async def join_room(
+    websocket: WebSocket,
+    token: BearerToken,
+    me: CurrentUser,
+    post: VisiblePost,
+    place: ListenerPlace,
+    session: ReadSession,
+) -> None:
+    await session.close()  # the socket may stay open for days
+    room = Room(websocket, post.id, me)
+    event_position = events.position
+    chat_position = chat.position
+    is_browser = "bearer" in websocket.scope["subprotocols"]
+    await websocket.accept("bearer" if is_browser else None)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(room.receive())
+            tasks.create_task(room.forward_events(event_position))
+            tasks.create_task(room.forward_chat(chat_position))
+            tasks.create_task(room.check(token, session))
+    except* WebSocketDisconnect:
+        pass  # the client has gone
+    except* (APIError, exc.SQLAlchemyError) as group:
+        code = getattr(group.exceptions[0], "code", "")
+        await websocket.close(CLOSE_CODES.get(code, 1013))
 
 
 # --- Mail -----------------------------------------------------------------------------------------
-# Each mail has a thread that ends with the process, so that a mail server that hangs delays neither
-# an answer nor a stop. What cannot be sent is a line in the log, and not retried.
+# Each mail has a thread of its own that ends with the process: a mail server that hangs delays
+# neither an answer nor a stop. What cannot be sent is a line in the log, and is not tried again.
 
-
-class NoEncryption(Exception):
-    """Everybody on the way to the mail server could read the password."""
+MAX_MAILS = 50
+STOP_SECONDS = 2.0
+mail_threads: set[threading.Thread] = set()
 
 
 def deliver(to: str, subject: str, body: str) -> None:
-    """Speaks SMTP, encrypted where the server offers it; smtps:// insists, and so do passwords."""
-    url = urlsplit(settings.smtp_url or "")
-    tls = ssl.create_default_context()
+    url = settings.smtp_url
     mail = EmailMessage()
-    mail["From"] = settings.mail_from or "nutshell@localhost"
-    mail["To"], mail["Subject"] = to, subject
-    mail.set_content(body)
-    connect = partial(smtplib.SMTP_SSL, context=tls) if url.scheme == "smtps" else smtplib.SMTP
-    with connect(url.hostname or "", url.port or 0, timeout=5) as server:
-        server.ehlo_or_helo_if_needed()
-        if server.has_extn("starttls"):
+    mail["From"] = settings.mail_from
+    mail["To"] = to
+    mail["Subject"] = subject
+    mail.set_content(body, cte="8bit")
+    if url is None:
+        print(f"--- Mail to {to}: {subject}\n{body}---", flush=True)
+        return
+    host = (url.host or "").strip("[]")
+    tls = ssl.create_default_context()
+    is_smtps = url.scheme == "smtps"
+    connect = partial(smtplib.SMTP_SSL, context=tls) if is_smtps else smtplib.SMTP
+    with connect(host, url.port or 0, timeout=5) as server:
+        server.ehlo()
+        if server.has_extn("starttls") and not is_smtps:
             server.starttls(context=tls)
-        elif url.username and url.scheme == "smtp":
-            raise NoEncryption("the server offers no encryption, and SMTP_URL has a password")
+        elif url.username and not is_smtps:
+            logger.error("mail not sent: the server has no STARTTLS, and SMTP_URL has a password")
+            return
         if url.username:
             server.login(unquote(url.username), unquote(url.password or ""))
-        server.send_message(mail)
+        server.send_message(mail, settings.mail_from, [to])
 
 
-def deliver_or_log(*mail: str) -> None:
+def deliver_or_log(to: str, subject: str, body: str) -> None:
     try:
-        text = "\n".join(("Mail to", *mail, ""))  # in one piece, between the lines of the log
-        deliver(*mail) if settings.smtp_url else print(text, end="", flush=True)
-    except NoEncryption as error:
-        log.error("mail not sent: %s", error)
-    except (OSError, ValueError) as error:  # their text may name the receiver
-        log.error("mail not sent: %s", type(error).__name__)
-
-
-def mails_under_way() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mail"]
+        deliver(to, subject, body)
+    except Exception as error:  # the email package raises all kinds; its text may hold the email
+        logger.error("mail not sent: %s", type(error).__name__)
+    finally:
+        mail_threads.discard(threading.current_thread())
 
 
 def send_mail(to: str, subject: str, body: str) -> None:
     if settings.smtp_url is None and settings.production:
-        log.warning("mail not sent: SMTP_URL is not set")
-    elif len(mails_under_way()) >= 50:
-        log.error("mail not sent: too many are under way")
+        logger.warning("mail not sent: SMTP_URL is not set")
+    elif len(mail_threads) >= MAX_MAILS:
+        logger.error("mail not sent: %s are under way", MAX_MAILS)
     else:
-        mail = (to, subject, body)
-        threading.Thread(target=deliver_or_log, args=mail, name="mail", daemon=True).start()
-
-
-# --- Dependencies ---------------------------------------------------------------------------------
-# Who is asking, and may they? Every answer is a noun that a route takes as an argument.
-
-bearer = OAuth2PasswordBearer(f"{API}/auth/login", auto_error=False)
-SentToken = Annotated[str | None, Depends(bearer)]
-
-
-async def live_session(db: AsyncSession, claims: Claims) -> LoginSession:
-    """The session that a token names, while it and its user are there and active."""
-    session = await db.get(LoginSession, claims.sid)
-    if session is None or str(session.user_id) != claims.sub or not session.user.is_active:
-        raise Refusal("INVALID_TOKEN")
-    return session
-
-
-async def session_of(token: str) -> LoginSession:
-    """The live session that an access token names."""
-    known, ticket = identities.get(token), identities.ticket
-    if known and now().timestamp() < known[0]:
-        session: LoginSession = known[1]
-        return session
-    claims = read_token(token, "access")
-    async with reading() as db:
-        session = await live_session(db, claims)
-    identities.keep(token, (claims.exp, session), len(token) + 5_000, ticket)
-    return session
-
-
-async def current_session(request: Request, token: SentToken) -> LoginSession:
-    session = await session_of(token or "")
-    request.state.user_id = session.user_id
-    return session
-
-
-CurrentSession = Annotated[LoginSession, Depends(current_session)]
-
-
-async def current_user(session: CurrentSession) -> User:
-    return session.user
-
-
-CurrentUser = Annotated[User, Depends(current_user)]
-
-
-async def maybe_user(request: Request, token: SentToken) -> User | None:
-    """Nobody has to sign in here, but a token that is sent must be good."""
-    if "authorization" not in request.headers:
-        return None
-    return (await current_session(request, token)).user
-
-
-MaybeUser = Annotated[User | None, Depends(maybe_user)]
-FOR_ANYONE: Any = {"security": [{}]}  # for /docs: the token may be left out
-
-
-def require_role(role: Role) -> Callable[[User], Awaitable[User]]:
-    """Makes a guard: `Depends(require_role("admin"))`."""
-
-    async def guard(me: CurrentUser) -> User:
-        if me.role != role:
-            raise Refusal("INSUFFICIENT_PERMISSIONS")
-        return me
-
-    return guard
-
-
-Superuser = Annotated[User, Depends(require_role("admin"))]
-LoginForm = Annotated[Credentials, Form()]
-AskedPage = Annotated[PageQuery, Query()]
-AskedUsers = Annotated[UserQuery, Query()]
-AskedPosts = Annotated[PostQuery, Query()]
-
-
-async def user_id(user: Literal["me"] | Id, me: CurrentUser) -> int:
-    return me.id if user == "me" else user
-
-
-UserId = Annotated[int, Depends(user_id)]
-
-
-async def own_user_id(user_id: UserId, me: CurrentUser) -> int:
-    """One's own id, or any for a superuser; the refusal does not tell which ids exist."""
-    if user_id != me.id and not me.is_superuser:
-        raise Refusal("INSUFFICIENT_PERMISSIONS")
-    return user_id
-
-
-OwnId = Annotated[int, Depends(own_user_id)]
-
-
-def may_change(me: User | None, theirs: Post | Comment) -> bool:
-    return me is not None and (me.is_superuser or me.id == theirs.author_id)
-
-
-ONE_POST = select(Post).where(Post.id == bindparam("post_id"))
-HELD_POST = ONE_POST.with_for_update(of=Post)
-
-
-async def find_post(db: AsyncSession, post_id: int, me: User | None, hold: bool = False) -> Post:
-    """To all but its author and superusers a draft does not exist. Whoever holds a post is the
-    only one to write to it, or below it, until the commit."""
-    rows = HELD_POST if hold else ONE_POST
-    post = (await db.exec(rows, params={"post_id": post_id})).first()
-    if post is None or not (post.is_published or may_change(me, post)):
-        raise Refusal("NOT_FOUND")
-    return post
-
-
-async def visible_post(post_id: Id, me: MaybeUser, db: ReadDB) -> Post:
-    return await find_post(db, post_id, me)
-
-
-async def held_post(post_id: Id, me: CurrentUser, db: WriteDB) -> Post:
-    return await find_post(db, post_id, me, hold=True)
-
-
-VisiblePost = Annotated[Post, Depends(visible_post)]
-HeldPost = Annotated[Post, Depends(held_post)]
-
-
-async def own_post(post: HeldPost, me: CurrentUser) -> Post:
-    if not may_change(me, post):
-        raise Refusal("INSUFFICIENT_PERMISSIONS")
-    return post
-
-
-OwnPost = Annotated[Post, Depends(own_post)]
-
-
-# --- Routes: accounts and tokens ------------------------------------------------------------------
-# The database decides who wins a refresh: the request that still finds its token's jti in the row
-# replaces it. Whoever comes with the one just replaced, within 10 s, gets the same new token.
-
-auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422))
-
-
-async def add_user(db: AsyncSession, body: UserCreate, send_welcome: bool = True) -> User:
-    hashed = await hash_password(body.password)
-    user = User.model_validate(body, update={"hashed_password": hashed})
-    db.add(user)
-    await db.commit()
-    if send_welcome:
-        send_mail(user.email, "Welcome", f"Hello {user.full_name},\n\nyour account is ready.\n")
-    return user
-
-
-@auth.post("/register", status_code=201, response_model=UserRead, responses=errors(403, 409, 429))
-async def register(body: UserCreate, db: WriteDB) -> User:
-    """Make yourself an account."""
-    if settings.registration == "closed":
-        raise Refusal("INSUFFICIENT_PERMISSIONS", "Only admins make accounts here")
-    return await add_user(db, body)
-
-
-@auth.post("/login", responses=errors(401, 429))
-async def login(request: Request, form: LoginForm, db: WriteDB, response: Response) -> Tokens:
-    """Sign in: send the email as `username`."""
-    email = ""
-    with suppress(ValueError):
-        email = plain_email(form.username)
-    await limit(email_limits, hashlib.sha256(email.encode()).hexdigest(), request.scope)
-    async with reading() as reader:  # and gives the connection back: hashing takes a while
-        known = (await reader.exec(select(User).where(User.email == email))).first()
-    if not await password_fits(form.password, known) or known is None:
-        raise Refusal("INVALID_CREDENTIALS")
-    user = await db.get(User, known.id, with_for_update=True)  # look again
-    if user is None or not user.is_active or user.hashed_password != known.hashed_password:
-        raise Refusal("INVALID_CREDENTIALS")
-    mine, expired = col(LoginSession.user_id) == user.id, col(LoginSession.expires_at) < now()
-    await db.exec(delete(LoginSession).where(mine, expired))
-    session = LoginSession(user_id=user.id)
-    db.add(session)
-    await db.commit()
-    return issue(session, response)
-
-
-@auth.post("/refresh", responses=errors(401, 429))
-async def refresh(refresh_token: Annotated[str, Form()], db: WriteDB, response: Response) -> Tokens:
-    """Trade a refresh token for new ones. One used more than 10 s ago ends the session."""
-    claims = read_token(refresh_token, "refresh")
-    moment = now()
-    await db.exec(
-        update(LoginSession)
-        .where(col(LoginSession.id) == claims.sid, col(LoginSession.refresh_jti) == claims.jti)
-        .values(refresh_jti=secrets.token_urlsafe(), previous_jti=claims.jti, rotated_at=moment)
-    )
-    session = await live_session(db, claims)
-    if session.previous_jti != claims.jti or moment - session.rotated_at > REFRESH_GRACE:
-        await db.exec(delete(LoginSession).where(col(LoginSession.id) == session.id))
-        await db.commit()
-        raise Refusal("TOKEN_REUSED")
-    await db.commit()
-    return issue(session, response)
-
-
-@auth.post("/logout", status_code=204, responses=errors(401, 429))
-async def logout(session: CurrentSession, db: WriteDB, everywhere: bool = False) -> None:
-    """End this session, or all of your sessions."""
-    mine, this = col(LoginSession.user_id) == session.user_id, col(LoginSession.id) == session.id
-    await db.exec(delete(LoginSession).where(mine if everywhere else this))
-    await db.commit()
-
-
-@auth.get("/verify", response_class=Response, responses=errors(401, 403))
-async def verify(me: CurrentUser, role: Role | None = None) -> Response:
-    """For a proxy that guards another app: who is this, and do they have that role?"""
-    if role == "admin" and not me.is_superuser:
-        raise Refusal("INSUFFICIENT_PERMISSIONS")
-    email = quote(me.email, safe=string.punctuation)
-    who = {"Remote-User": str(me.id), "Remote-Groups": me.role, "Remote-Email": email}
-    return Response(headers=who | {"Cache-Control": "no-store"})
-
-
-# --- Routes: users --------------------------------------------------------------------------------
-# `{user}` in a path is an id or `me`. Superusers may change others, and nobody their own role: so
-# an admin always remains.
-
-users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
-
-
-async def hold_user(db: AsyncSession, user_id: int, me: User) -> User:
-    """Locks the user to change and the one who asks, in order of id, and looks whether the latter
-    is still who they were: of two admins who remove each other at once, one comes too late.
-    Whoever writes posts of theirs need not wait (`key_share`)."""
-    both = select(User).where(col(User.id).in_((user_id, me.id))).order_by(col(User.id))
-    found = {user.id: user for user in await db.exec(both.with_for_update(key_share=True))}
-    if user_id not in found:
-        raise Refusal("NOT_FOUND")
-    for field in ("role", "is_active", "hashed_password"):
-        if getattr(found.get(me.id), field, None) != getattr(me, field):
-            raise Refusal("CONFLICT")
-    return found[user_id]
-
-
-@users.get("", response_model=Page[UserRead] | Page[UserPublic])
-async def list_users(asked: AskedUsers, me: CurrentUser, db: ReadDB) -> Page[Any]:
-    """All users, by id. Superusers see every field."""
-    rows = select(User).order_by(col(User.id))
-    if asked.is_active is not None:
-        rows = rows.where(User.is_active == asked.is_active)
-    return await page_of(db, rows, asked, Page[UserRead] if me.is_superuser else Page[UserPublic])
-
-
-@users.post("", status_code=201, response_model=UserRead, responses=errors(403, 409))
-async def create_user(
-    body: UserCreateByAdmin, me: Superuser, db: WriteDB, send_welcome: bool = False
-) -> User:
-    """Make an account for somebody."""
-    return await add_user(db, body, send_welcome)
-
-
-@users.get("/me", response_model=UserRead, include_in_schema=False)  # as {user}, but faster
-async def get_me(me: CurrentUser) -> User:
-    """You yourself."""
-    return me
-
-
-@users.get("/{user}", response_model=UserRead | UserPublic, responses=errors(404))
-async def get_user(user_id: UserId, me: CurrentUser, db: ReadDB) -> UserPublic:
-    """One user. You yourself and superusers see every field."""
-    user = me if user_id == me.id else await db.get(User, user_id)
-    if user is None:
-        raise Refusal("NOT_FOUND")
-    kind = UserRead if user is me or me.is_superuser else UserPublic
-    return kind.model_validate(user)
-
-
-@users.patch("/{user}", response_model=UserRead, responses=errors(403, 404, 409))
-async def update_user(user_id: OwnId, body: UserUpdate, this: CurrentSession, db: WriteDB) -> User:
-    """Change the fields that are sent. Your own email or password needs `current_password`."""
-    me, sent = this.user, body.model_fields_set
-    own = user_id == me.id
-    if sent & {"role", "is_active"} and not me.is_superuser:
-        raise Refusal("INSUFFICIENT_PERMISSIONS")
-    if sent & {"role", "is_active"} and own:
-        raise Refusal("CONFLICT", "Nobody changes this of themselves, so that an admin remains")
-    if own and sent & {"email", "password"} and not await password_fits(body.current_password, me):
-        raise Refusal("INSUFFICIENT_PERMISSIONS", "current_password is missing or wrong")
-    values = body.model_dump(exclude_unset=True, exclude={"password", "current_password"})
-    if "password" in sent:
-        values["hashed_password"] = await hash_password(body.password)
-    user = await hold_user(db, user_id, me)
-    user.sqlmodel_update(values)
-    if "password" in sent or not user.is_active:
-        theirs, other = col(LoginSession.user_id) == user_id, col(LoginSession.id) != this.id
-        await db.exec(delete(LoginSession).where(theirs, other))
-    await db.commit()
-    return user
-
-
-@users.delete("/{user}", status_code=204, responses=errors(403, 404, 409))
-async def delete_user(user_id: UserId, me: Superuser, db: WriteDB) -> None:
-    """Delete a user and everything they own."""
-    if user_id == me.id:
-        raise Refusal("CONFLICT", "Nobody removes themselves, so that an admin remains")
-    user = await hold_user(db, user_id, me)
-    removal = delete(Post).where(col(Post.author_id) == user_id)
-    theirs = removal.returning(col(Post.id), col(Post.is_published))
-    # Posts first and then the user, as all who write take them, or two would wait for each other.
-    gone = (await db.exec(theirs)).all()
-    await db.refresh(user, with_for_update=True)  # from here on they write no more
-    gone = [*gone, *(await db.exec(theirs)).all()]  # what they wrote meanwhile
-    await db.delete(user)
-    await db.commit()
-    for start in range(0, len(gone), 100):  # so that listeners read before these leave the log
-        some = gone[start : start + 100]
-        await asyncio.gather(*(announce("post.deleted", post, {"id": post.id}) for post in some))
-
-
-@users.get("/me/posts")
-async def list_own_posts(asked: AskedPage, me: CurrentUser, db: ReadDB) -> Page[PostRead]:
-    """Your own posts, newest first, drafts included."""
-    rows = select(Post).where(Post.author_id == me.id).order_by(col(Post.id).desc())
-    return await page_of(db, rows, asked, Page[PostRead])
-
-
-# --- Routes: posts --------------------------------------------------------------------------------
-# A draft is there for its author and superusers alone. What is published is told to listeners, each
-# change after its commit.
-
-posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
-
-
-async def tell_of_publication(post: Post) -> None:
-    await announce("post.published", post)
-    if settings.admin_email:
-        what = f'{post.author.full_name} published "{post.title}": {API}/posts/{post.id}\n'
-        send_mail(settings.admin_email, "A post was published", what)
-
-
-ALL_POSTS = select(func.count()).select_from(Post).scalar_subquery()
-DRAFTS = select(func.count()).where(not_(col(Post.is_published))).scalar_subquery()
-PUBLISHED = select(ALL_POSTS - DRAFTS)  # of a million 20 times faster than to count them
-
-
-@posts.get("", openapi_extra=FOR_ANYONE)
-async def list_posts(asked: AskedPosts, me: MaybeUser, db: ReadDB) -> Page[PostRead]:
-    """Published posts, newest first. `before` reads on from a post, fast however many there are."""
-    rows = select(Post).where(Post.is_published)
-    if asked.author:
-        names = col(User.first_name), col(User.last_name)
-        fits = or_(*(name.icontains(asked.author, autoescape=True) for name in names))
-        rows = rows.where(col(Post.author_id).in_(select(User.id).where(fits)))
-    if asked.min_date:
-        rows = rows.where(Post.created_at >= asked.min_date)
-    if asked.max_date:
-        rows = rows.where(Post.created_at <= asked.max_date)
-    sort = asked.sort or "-id"
-    order = getattr(Post, sort.removeprefix("-"))
-    rows = rows.order_by(order.desc() if sort.startswith("-") else order, col(Post.id).desc())
-    if asked.before is None:
-        plain = not (asked.author or asked.min_date or asked.max_date)
-        return await page_of(db, rows, asked, Page[PostRead], PUBLISHED if plain else None)
-    items = (await db.exec(rows.where(Post.id < asked.before).limit(asked.size))).all()
-    return Page[PostRead].model_validate({"items": items, "size": asked.size})
-
-
-@posts.post("", status_code=201, response_model=PostRead, responses=errors(409))
-async def create_post(body: PostCreate, me: CurrentUser, db: WriteDB, response: Response) -> Post:
-    """Write a post: a draft, if you do not publish it at once."""
-    post = Post.model_validate(body, update={"author_id": me.id})
-    db.add(post)
-    await db.commit()
-    set_committed_value(post, "author", me)  # asking for it would cost a round trip
-    if post.is_published:
-        await tell_of_publication(post)
-    response.headers["Location"] = f"{API}/posts/{post.id}"
-    return post
-
-
-@posts.get("/{post_id}", response_model=PostRead, responses=errors(404), openapi_extra=FOR_ANYONE)
-async def get_post(post: VisiblePost) -> Post:
-    """One post; a draft is there for its author and superusers alone."""
-    return post
-
-
-@posts.put("/{post_id}", name="put_post", response_model=PostRead, responses=errors(403, 404, 409))
-@posts.patch("/{post_id}", response_model=PostRead, responses=errors(403, 404, 409))
-async def update_post(post: OwnPost, body: PostUpdate, db: WriteDB) -> Post:
-    """Change the fields that are sent. With `version` only if nobody was faster."""
-    if body.version not in (None, post.version):
-        raise Refusal("CONFLICT")
-    values = body.model_dump(exclude_unset=True, exclude={"version"})
-    post.sqlmodel_update(values | {"updated_at": now()})
-    await db.commit()
-    await announce("post.updated", post)
-    return post
-
-
-@posts.delete("/{post_id}", status_code=204, responses=errors(403, 404))
-async def delete_post(post: OwnPost, db: WriteDB) -> None:
-    """Delete a post and its comments."""
-    await db.delete(post)
-    await db.commit()
-    await announce("post.deleted", post, {"id": post.id})
-
-
-@posts.post("/{post_id}/publish", response_model=PostRead, responses=errors(403, 404))
-async def publish_post(post: HeldPost, me: CurrentUser, db: WriteDB) -> Post:
-    """Publish your draft. There is no way back; doing it twice changes nothing."""
-    if post.author_id != me.id:
-        raise Refusal("INSUFFICIENT_PERMISSIONS")
-    if not post.is_published:
-        post.is_published = True
-        await db.commit()
-        await tell_of_publication(post)
-    return post
-
-
-# --- Routes: comments -----------------------------------------------------------------------------
-# They belong to a post: whoever does not see it does not see them.
-
-comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
-
-
-@comments.get("/posts/{post_id}/comments", openapi_extra=FOR_ANYONE)
-async def list_comments(post: VisiblePost, asked: AskedPage, db: ReadDB) -> Page[CommentRead]:
-    """The comments on a post, oldest first."""
-    rows = select(Comment).where(Comment.post_id == post.id).order_by(col(Comment.id))
-    return await page_of(db, rows, asked, Page[CommentRead])
-
-
-@comments.post(
-    "/posts/{post_id}/comments",
-    status_code=201,
-    response_model=CommentRead,
-    responses=errors(409),
-)
-async def add_comment(post: HeldPost, body: CommentCreate, me: CurrentUser, db: WriteDB) -> Comment:
-    """Comment on a post that you see."""
-    comment = Comment.model_validate(body, update={"author_id": me.id, "post_id": post.id})
-    db.add(comment)
-    await db.commit()
-    set_committed_value(comment, "author", me)
-    await announce("comment.created", post, CommentRead.model_validate(comment))
-    return comment
-
-
-@comments.delete("/comments/{comment_id}", status_code=204, responses=errors(403))
-async def delete_comment(comment_id: Id, me: CurrentUser, db: WriteDB) -> None:
-    """Delete a comment of yours, or on your post."""
-    comment = await db.get(Comment, comment_id)
-    if comment is None:
-        raise Refusal("NOT_FOUND")
-    post = await find_post(db, comment.post_id, me, hold=True)
-    if not (may_change(me, comment) or may_change(me, post)):
-        raise Refusal("INSUFFICIENT_PERMISSIONS")
-    gone = await db.exec(delete(Comment).where(col(Comment.id) == comment_id))
-    if gone.rowcount == 0:  # somebody was faster
-        raise Refusal("NOT_FOUND")
-    await db.commit()
-    await announce("comment.deleted", post, {"id": comment_id, "post_id": post.id})
-
-
-# --- Routes: live ---------------------------------------------------------------------------------
-# Everybody may listen to the stream of events. The room of a post is a WebSocket for people who
-# are signed in: they hear of the post, and each other.
-
-live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
-CLOSE_CODES = {"INVALID_TOKEN": 4401, "NOT_FOUND": 4404, "BAD_REQUEST": 1008}  # else 1013
-AS_EVENTS: Any = {200: {"content": {"text/event-stream": {}}}}  # for /docs
-Resumed = Annotated[str, Header(alias="Last-Event-ID")]
-
-
-class EventStream(StreamingResponse):
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.headers.update({"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        self.headers["X-Accel-Buffering"] = "no"
-        async with events.seat():
-            with suppress(Refusal):  # of a body that is too large: it just ends
-                await super().__call__(scope, receive, send)
-
-
-@live.get("/events", response_class=EventStream, responses=AS_EVENTS, openapi_extra=FOR_ANYONE)
-async def stream_events(
-    me: MaybeUser, post_id: Id | None = None, last_event_id: str = "", resumed: Resumed = ""
-) -> AsyncIterator[str]:
-    """What happens to published posts, or to one. Name your last event to get what you missed."""
-    last = resumed or last_event_id
-    place = events.place_after(last) if last else events.count
-    if place is None:
-        place = events.count
-        yield f"id: {events.log[-1].id}\nevent: reset\ndata: {{}}\n\n"
-    async for found in events.follow(place, post_id):
-        lines = (f"id: {e.id}\nevent: {e.kind}\ndata: {e.data}\n\n" for e in found)
-        yield "".join(lines) or ": ping\n\n"
-        if post_id and any(event.kind == "post.deleted" for event in found):
-            return
-
-
-class Hello(Body):
-    type: Literal["auth"]
-    token: str
-
-
-class Words(CommentCreate):
-    type: Literal["message"]
-
-
-class Guest:
-    """One person in the room of a post. What ends it is a refusal."""
-
-    def __init__(self, socket: WebSocket, post_id: int) -> None:
-        self.socket, self.post_id = socket, post_id
-
-    async def read(self, kind: type[Body], seconds: float | None = None) -> Any:
-        with suppress(KeyError, ValidationError), move_on_after(seconds):  # KeyError: no text
-            return kind.model_validate_json(await self.socket.receive_text())
-        raise Refusal("BAD_REQUEST")
-
-    async def check(self) -> User:
-        """May they be here, now?"""
-        me = (await session_of(self.token)).user
-        async with reading() as db:
-            await find_post(db, self.post_id, me)
-        return me
-
-    async def enter(self) -> None:
-        self.token = (await self.read(Hello, PATIENCE_SECONDS)).token
-        self.places = {events: events.count, chat: chat.count}  # from here on nothing is missed
-        self.me = Author.model_validate(await self.check()).model_dump()
-        self.socket.state.user_id = self.me["id"]  # for the log
-        await self.socket.send_json({"type": "ready", "user": self.me})
-
-    async def speak(self) -> None:
-        said = deque([-PATIENCE_SECONDS] * 20, maxlen=20)
-        while True:
-            words = await self.read(Words)
-            if perf_counter() - said[0] < PATIENCE_SECONDS:
-                raise Refusal("BAD_REQUEST")
-            said.append(perf_counter())
-            message = {"type": "message", "from": self.me, "text": words.text}
-            await chat.tell("message", self.post_id, message)
-
-    async def hear(self, hub: Hub) -> None:
-        async for found in hub.follow(self.places[hub], self.post_id):
-            for e in found:
-                frame = f'{{"type":"{e.kind}","id":"{e.id}","data":{e.data}}}'
-                await self.socket.send_text(e.data if hub is chat else frame)
-            if any(e.kind == "post.deleted" for e in found):
-                raise Refusal("NOT_FOUND")
-            if not found and hub is events:
-                await self.check()
-        if not hub.closed:  # else uvicorn says goodbye
-            raise Refusal("UNAVAILABLE")
-
-
-@live.websocket("/ws/posts/{post_id}")
-async def visit(socket: WebSocket, post_id: Id) -> None:
-    origin, host = socket.headers.get("origin", ""), socket.headers.get("host")
-    known = origin.partition("://")[2] == host or {origin, "*"} & set(settings.cors_origins)
-    if origin and not known:
-        return await socket.close()  # before it was accepted, so the answer is 403
-    await socket.accept()
-    guest = Guest(socket, post_id)
-    try:
-        await limit_client(socket.scope)
-        async with events.seat(), asyncio.TaskGroup() as works:
-            await guest.enter()
-            works.create_task(guest.speak())
-            works.create_task(guest.hear(events))
-            works.create_task(guest.hear(chat))
-    except* (Refusal, WebSocketDisconnect, RuntimeError, *DATABASE_ERRORS) as ended:
-        code = CLOSE_CODES.get(getattr(ended.exceptions[0], "code", ""), 1013)
-        with suppress(WebSocketDisconnect, RuntimeError):  # it was closed already
-            await socket.close(code)
+        thread = threading.Thread(target=deliver_or_log, args=(to, subject, body), daemon=True)
+        mail_threads.add(thread)
+        thread.start()
+
+
+async def mail_what_happened(kind: EventKind, subject: Any) -> None:
+    """Nothing that a stranger chose goes into a welcome mail: it would reach whom they like."""
+    if kind in ("user.registered", "user.invited"):
+        body = f"Welcome!\n\nThere is an account with this email at {settings.public_url}\n"
+        send_mail(subject.email, "Welcome", body)
+    if kind == "post.published" and settings.admin_email:
+        link = f"{settings.public_url}{API}/posts/{subject.id}"
+        body = f"{subject.author.full_name} published: {subject.title}\n\n{link}\n"
+        send_mail(settings.admin_email, "A post was published", body)
+
+
+@at_start
+async def wait_for_mails() -> AsyncIterator[None]:
+    yield
+    with anyio.move_on_after(STOP_SECONDS):
+        for thread in list(mail_threads):
+            await anyio.to_thread.run_sync(thread.join, STOP_SECONDS, abandon_on_cancel=True)
+
+
+listeners.append(mail_what_happened)
 
 
 # --- Demo -----------------------------------------------------------------------------------------
-# With DEMO=true there are people and posts from the start, and all of it ends with the service.
+# With DEMO=true there are people and posts from the start, in a database that ends with the
+# service.
 
 DEMO_PASSWORD = "correct-horse"  # noqa: S105
-DEMO_PEOPLE = {"ann@example.com": "user", "ben@example.com": "user", "cleo@example.com": "admin"}
-DEMO_HINT = "".join(f"{who:18}{DEMO_PASSWORD} ({role})\n" for who, role in DEMO_PEOPLE.items())
+DEMO_ROLES = {"Ann": "user", "Ben": "user", "Cleo": "admin"}
 DEMO_POSTS = """
 Ann: Bees in November: They hang in a ball and shiver. Who is cold moves in. | Ben: Who decides?
 Ben: Bread without a tin: Fold it four times, then leave it alone. | Cleo: How long? | Ben: A night.
@@ -1918,61 +2347,59 @@ Ann: Not done yet: The story of the walnut that fell up.
 """
 
 
-async def fill_demo(db: AsyncSession) -> None:
-    """Three people, twelve posts with what was said below them, and last a draft."""
-    hashed, people = await hash_password(DEMO_PASSWORD), {}
-    for email, role in DEMO_PEOPLE.items():
-        name = email.partition("@")[0].capitalize()
-        person = {"email": email, "first_name": name, "role": role, "hashed_password": hashed}
-        people[name] = User.model_validate(person)
-    db.add_all(people.values())
-    await db.flush()  # gives them ids
+async def add_demo_people(session: AsyncSession) -> dict[str, int]:
+    hashed_password = await hash_password(DEMO_PASSWORD)
+    people = {}
+    for name, role in DEMO_ROLES.items():
+        fields = {"email": f"{name.lower()}@example.com", "first_name": name, "role": role}
+        people[name] = User.model_validate(fields, update={"hashed_password": hashed_password})
+    session.add_all(people.values())
+    await session.flush()
+    return {name: user.id for name, user in people.items()}
+
+
+async def add_demo_posts(session: AsyncSession, ids: dict[str, int]) -> None:
+    """Twelve posts with their comments, five hours apart, and last a draft."""
     lines = DEMO_POSTS.strip().splitlines()
     for number, line in enumerate(lines, 1):
-        (name, title, content), *said = (part.split(": ") for part in line.split(" | "))
-        when = now() - timedelta(hours=5 * (len(lines) - number))
-        shown = {"title": title, "content": content, "is_published": number < len(lines)}
-        known = {"author_id": people[name].id, "created_at": when, "updated_at": when}
-        post = Post.model_validate(shown, update=known)
-        db.add(post)
-        await db.flush()
-        for name, text in said:
-            known = {"author_id": people[name].id, "post_id": post.id}
-            db.add(Comment.model_validate({"text": text}, update=known))
+        first, *replies = line.split(" | ")
+        name, title, content = first.split(": ")
+        post = Post(title=title, content=content, author_id=ids[name])
+        post.is_published = number < len(lines)
+        post.created_at = utc_now() - timedelta(hours=5 * (len(lines) - number))
+        session.add(post)
+        await session.flush()
+        for reply in replies:
+            name, words = reply.split(": ")
+            session.add(Comment(text=words, author_id=ids[name], post_id=post.id))
 
 
-# --- Pages ----------------------------------------------------------------------------------------
-# For those who watch over the service, for those who write programs, and for a browser.
-
-pages = APIRouter(tags=["pages"])
-
-
-async def ask_database() -> None:
-    async with AsyncSession(readers) as db:
-        await db.exec(select(User.id).limit(1))
-
-
-@pages.head("/health", include_in_schema=False)
-@pages.get("/health")
-async def health() -> dict[str, str]:
-    """Does the database answer within a second, the wait for a connection included?"""
-    # A statement that hangs cannot be cancelled: it is left behind, not waited for.
-    await asyncio.wait_for(asyncio.shield(ask_database()), 1)
-    return {"status": "healthy"}
+async def own_demo_files() -> AsyncIterator[None]:
+    suffixes = ("", "-wal", "-shm", ".key")
+    files = [Path(f"{settings.sqlite_file}{suffix}") for suffix in suffixes]
+    for file in files:
+        file.unlink(missing_ok=True)
+    yield
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
-async def swagger_ui() -> Response:
-    """Its scripts come from a package, so that it works without a network; else from a CDN."""
-    files: dict[str, Any] = {}
-    if find_spec("fastapi_swagger"):
-        files["swagger_js_url"] = "/docs/swagger-ui-bundle.js"
-        files["swagger_css_url"] = "/docs/swagger-ui.css"
-        files["swagger_favicon_url"] = "/docs/favicon-32x32.png"
-    files["swagger_ui_parameters"] = {"persistAuthorization": True, "tryItOutEnabled": True}
-    return get_swagger_ui_html(openapi_url="/openapi.json", title="Nutshell", **files)
+async def fill_demo() -> AsyncIterator[None]:
+    async with prepare_database() as session:
+        await add_demo_posts(session, await add_demo_people(session))
+    yield
 
 
-# The page that a browser gets: all of it stands here. Its headers, below, allow nothing foreign.
+if settings.demo:
+    lifespans.insert(0, asynccontextmanager(own_demo_files))  # around all others: it ends last
+    at_start(fill_demo)
+    for name, role in DEMO_ROLES.items():
+        notices.append(f"{name.lower()}@example.com  {DEMO_PASSWORD}  ({role})")
+
+
+# --- The page -------------------------------------------------------------------------------------
+# What a browser gets at /: one constant, and headers that allow nothing else.
+
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Nutshell</title><link rel="icon" href="data:,">
@@ -1994,7 +2421,7 @@ PAGE = r"""<!doctype html>
   pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap }  /* secrets */
   body:not(.in) .members, .in .guests, [hidden] { display: none }
 </style>
-<header><h1>Nutshell</h1> <a href="/docs">All calls</a> <span id="live" role="status"></span>
+<header><h1>Nutshell</h1> <a href="docs">All calls</a> <span id="live" role="status"></span>
   <form id="leave" class="members">You are <b id="me"></b> <button>Sign out</button></form></header>
 <pre class="guests">HINT</pre><p id="note" role="status"></p>
 <main><section aria-label="Posts">
@@ -2036,7 +2463,7 @@ function keep(found) {  // for this tab alone, so that two tabs can be two peopl
 
 async function call(method, path, body, shown = method !== "GET", once = false) {
   const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON
-  const url = `${location.origin}/api/v1${path}`, headers = {};
+  const url = new URL(`api/v1${path}`, location).href, headers = {};
   if (tokens) headers.Authorization = `Bearer ${tokens.access_token}`;
   if (typeof sent === "string") headers["Content-Type"] = "application/json";
   const answer = await fetch(url, { method, headers, body: sent }), text = await answer.text();
@@ -2123,7 +2550,7 @@ document.onsubmit = async (event) => {
 window.onhashchange = () => load().then(() => $("title").focus());
 
 function listen() {
-  const stream = new EventSource("/api/v1/events");
+  const stream = new EventSource("api/v1/events");
   const hear = ({ type }) => { show({ live: `Events: ${type}` }); load(); };
   for (const type of ["open", "post.published", "post.updated", "post.deleted", "comment.created",
     "comment.deleted"]) stream.addEventListener(type, hear);
@@ -2137,277 +2564,66 @@ load();
 listen();
 </script>
 """
-NOTHING_ELSE = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-OURS = "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
-AS_PAGE: Any = {200: {"content": {"text/html": {}}}} | errors(429)  # for /docs
+CONTENT_POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
+    "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
+)
 
 
-@pages.head("/", include_in_schema=False)
-@pages.get("/", response_model=dict[str, str], responses=AS_PAGE)
-async def root(request: Request) -> Response:
+@app.head("/", include_in_schema=False)
+@app.get("/", tags=["page"], response_model=dict[str, str], responses=errors(429))
+async def get_page(request: Request) -> Response:
     """For programs a sign of life, for browsers a page to try it all on."""
     headers = {"Vary": "Accept"}
     if settings.production or "text/html" not in request.headers.get("accept", "").lower():
         return JSONResponse({"status": "ok"}, headers=headers)
     nonce = secrets.token_urlsafe(16)  # only a script or style that carries it is run
-    policy = f"{NOTHING_ELSE}{OURS}script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
-    page = PAGE.replace("HINT", DEMO_HINT if settings.demo else "").replace("NONCE", nonce)
-    return HTMLResponse(page, headers=headers | {"Content-Security-Policy": policy})
+    headers["Content-Security-Policy"] = CONTENT_POLICY.replace("NONCE", nonce)
+    page = PAGE.replace("HINT", "\n".join(notices)).replace("NONCE", nonce)
+    return HTMLResponse(page, headers=headers)
 
 
-# --- Front door -----------------------------------------------------------------------------------
-# What every request passes, in this order, before the cache: plain ASGI, a small class each.
-
-MAX_BODY_BYTES = 1024 * 1024
-MAX_FRAMES = 200  # of a WebSocket, in one piece
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-TAKEN_HEADERS = ["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"]
-EXPOSED_HEADERS = ["ETag", "Location", "Retry-After", "RateLimit", "RateLimit-Policy"]
-EXPOSED_HEADERS += ["X-Request-ID", "X-Process-Time", "X-Cache"]
+# --- python main.py -------------------------------------------------------------------------------
+# What is printed at the start, and the server. What bounds sockets, proxies and stops is set here.
 
 
-async def send_in_time(message: Message, send: Send, receive: Any) -> None:
-    """A client that does not read is cut off. ASGI cannot say it: uvicorn's transport can."""
-    try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            await send(message)
-    except TimeoutError:
-        receive.__self__.transport.abort()
-
-
-class Frames(WebSocketsSansIOProtocol):
-    """uvicorn reads any number of frames at once, so a flood of small ones would hold up everyone;
-    and to those who answer no ping it says goodbye, which waits for what they do not read."""
-
-    def data_received(self, data: bytes) -> None:
-        self.seen = 0
-        for start in range(0, len(data), 1_024):
-            if not self.transport.is_closing():
-                super().data_received(data[start : start + 1_024])
-
-    def handle_events(self) -> None:
-        self.seen += len(self.conn.events)
-        super().handle_events()
-        if self.seen > MAX_FRAMES and not self.transport.is_closing():
-            self.conn.fail(1008)
-            self.handle_parser_exception()  # sends that, and hangs up
-
-    def keepalive_timeout(self) -> None:
-        self.transport.abort()
-
-    def send_keepalive_ping(self) -> None:
-        if self.transport.is_closing():
-            self.transport.abort()
-        super().send_keepalive_ping()
-
-
-class FrontDoor:
-    """Names, times and logs every answer. CORS, which is slow, is only for those with an Origin."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.cors = CORSMiddleware(
-            app,
-            allow_origins=settings.cors_origins,
-            allow_credentials="*" not in settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=TAKEN_HEADERS,
-            expose_headers=EXPOSED_HEADERS,
-        )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        started, asked = perf_counter(), dict(scope["headers"])
-        name = asked.get(b"x-request-id", b"").decode("latin-1")
-        request_id = name if REQUEST_ID.fullmatch(name) else secrets.token_hex(8)
-        told = {b"x-content-type-options": b"nosniff", b"x-request-id": request_id.encode()}
-        state = {"request_id": request_id, "asked": asked, "told": told}
-        state["path"] = scope["path"].removeprefix(scope.get("root_path", ""))
-        state["client"] = (scope.get("client") or ("",))[0]
-        scope.setdefault("state", {}).update(state)
-        status = 403  # of a socket that is not accepted
-
-        async def send_named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                told[b"x-process-time"] = b"%.4f" % (perf_counter() - started)
-                message["headers"] = [*message["headers"], *told.items()]
-            elif message["type"] == "websocket.accept":
-                status = 101
-            waits = "more_body" in message or scope["type"] == "websocket"
-            await (send_in_time(message, send, receive) if waits else send(message))
-
-        try:
-            await (self.cors if b"origin" in asked else self.app)(scope, receive, send_named)
-        finally:
-            if log.isEnabledFor(logging.INFO):
-                log_request(scope, status, perf_counter() - started)
-
-
-class Guard:
-    """Refuses those who ask too often, and bodies over 1 MiB; answers for what nobody caught."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        left = MAX_BODY_BYTES
-
-        async def receive_some() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise Refusal("BODY_TOO_LARGE")
-            return message
-
-        try:
-            await limit_client(scope)
-            if int(scope["state"]["asked"].get(b"content-length", 0)) > MAX_BODY_BYTES:
-                raise Refusal("BODY_TOO_LARGE")
-            await self.app(scope, receive_some, send)
-        except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError):  # a stop has waited for it long enough
-                error = Refusal("UNAVAILABLE")
-            elif not isinstance(error, Refusal):
-                log.exception("nobody caught this")
-                error = Refusal("INTERNAL_ERROR")
-            answer = await on_refusal(Request(scope), error)
-            await answer(scope, receive, send)  # after half an answer the server hangs up instead
-
-
-# --- Assembly -------------------------------------------------------------------------------------
-# The parts put together.
-
-
-def make_tables(connection: Connection) -> None:
-    """New tables for a new database. What an old one lacks fails here, and all is undone."""
-    SQLModel.metadata.create_all(connection)
-    for table in SQLModel.metadata.sorted_tables:
-        connection.execute(table.select().limit(0))  # names the first column that is not there
-
-
-async def prepare_database() -> None:
-    """In one transaction, which processes that start together enter one after the other."""
-    email, password = settings.first_superuser_email, settings.first_superuser_password
-    hashed = await hash_password(password) if password else ""
-    async with AsyncSession(writer) as db:
-        if settings.sqlite_file is None:
-            await db.exec(select(func.pg_advisory_xact_lock(7361)))
-        await (await db.connection()).run_sync(make_tables)
-        if settings.demo:
-            await fill_demo(db)
-        await db.exec(delete(LoginSession).where(col(LoginSession.expires_at) < now()))
-        user = (await db.exec(select(User).where(User.email == email))).first()
-        if email and (user is None or not user.is_superuser):
-            user = user or User(email=email, hashed_password=hashed)
-            user.role, user.is_active, user.hashed_password = "admin", True, hashed
-            await db.exec(delete(LoginSession).where(col(LoginSession.user_id) == user.id))
-            db.add(user)
-        await db.commit()
-
-
-def banner(address: str, admins: str) -> str:
-    """What somebody at a terminal wants to know first."""
-    url, file = make_url(settings.database_url), settings.sqlite_file
-    lines = {
-        "Nutshell": address,
-        "docs": f"{address}/docs",
-        "health": f"{address}/health",
-        "data": os.path.abspath(file) if file else f"{url.host}, database {url.database}",
-        "admin": admins or "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD",
-        "sign in": DEMO_HINT.rstrip().replace("\n", f"\n{'':10}") if settings.demo else "",
-        "try": f"curl {address}{API}/posts",
-    }
-    return "\n".join(f"{name:10}{line}" for name, line in lines.items() if line)
-
-
-def end_streams(usual: Any, number: int, frame: Any) -> None:
-    """uvicorn waits for open streams before it tells the lifespan: the signal itself ends them."""
-    events.close()
-    chat.close()
-    usual(number, frame)
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    set_up_logging()
-    try:
-        await prepare_database()
-        signing_key()
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        log.critical("DATABASE_URL: the database or the key beside it cannot be used: %s", reason)
-        os._exit(3)  # raising would print a traceback after this line
-    for number in uvicorn.server.HANDLED_SIGNALS:
-        usual = signal.getsignal(number)
-        if callable(usual) and threading.current_thread() is threading.main_thread():
-            signal.signal(number, partial(end_streams, usual))
-    if address := getattr(app.state, "address", None):
-        admins = select(User.email).where(User.role == "admin", User.is_active)
-        async with reading() as db:
-            emails = await db.exec(admins.order_by(col(User.id)).limit(3))
-        with suppress(OSError):  # nobody reads it
-            print(banner(address, ", ".join(emails)), flush=True)
-    async with in_touch() if settings.redis_url else nullcontext():
-        with log_writer.in_thread():
-            yield
-    with move_on_after(1):  # for the mails under way to leave
-        for mail in mails_under_way():
-            await to_thread.run_sync(mail.join, 1.0, abandon_on_cancel=True)
-    await readers.dispose()
-    await writer.dispose()
-    if settings.demo and settings.sqlite_file:
-        rmtree(Path(settings.sqlite_file).parent, ignore_errors=True)
-
-
-app = FastAPI(
-    title="Nutshell", summary="A complete API service in one file", lifespan=lifespan,
-    docs_url=None, openapi_url=None if settings.production else "/openapi.json",
-    redirect_slashes=False, generate_unique_id_function=lambda route: route.name,
-    responses=errors(400, 413, 500, 503),
-    telemetry={"tracing": False, "metrics": False, "logs": False},  # asking for them costs a lot
-    middleware=[Middleware(FrontDoor), Middleware(Guard), Middleware(AnswerCache)],
-    exception_handlers={
-        HTTPException: on_refusal, RequestValidationError: on_invalid_input,
-        **dict.fromkeys(DATABASE_ERRORS, on_database_error),
-    },
-)  # fmt: skip
-for router in (auth, users, posts, comments, live, pages):
-    app.include_router(router)
-if not settings.production:
-    app.add_api_route("/docs", swagger_ui, include_in_schema=False)
-    if find_spec("fastapi_swagger"):
-        app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
-
-
-async def rehearse() -> None:
-    """With several workers uvicorn itself would end with status 0 when none of them can start."""
-    async with lifespan(app):
-        log.info("The database is ready for %d workers", settings.workers)
+async def print_start_lines() -> AsyncIterator[None]:
+    host = str(settings.host)
+    if getattr(settings.host, "is_unspecified", False):
+        host = socket.gethostname()
+    address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    url = sa.make_url(settings.database_url)
+    file = settings.sqlite_file
+    data = file.absolute() if file else f"{url.host}, database {url.database}"
+    statement = select(User.email).where(User.role == "admin", User.is_active).order_by("id")
+    async with AsyncSession(read_engine) as session:
+        admins = ", ".join(await session.exec(statement.limit(3)))
+    how = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
+    print(f"Nutshell  {address}\ndocs      {address}/docs\ndata      {data}")
+    print(f"admin     {admins or how}")
+    for notice in notices:
+        print(f"sign in   {notice}")
+    sys.stdout.flush()
+    yield
 
 
 if __name__ == "__main__":
-    set_up_logging()
     if not settings.production:
-        unspecified = getattr(settings.host, "is_unspecified", False)
-        host = "localhost" if unspecified else str(settings.host)
-        app.state.address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-    if settings.workers > 1 and settings.redis_url is None:
-        log.warning("Without REDIS_URL limits, events and rooms are those of each process")
-    if settings.workers > 1:
-        asyncio.run(rehearse())
+        at_start(print_start_lines)
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
-        "__main__:app", host=str(settings.host), port=settings.port, workers=settings.workers,
+        "__main__:app",
+        host=str(settings.host),
+        port=settings.port,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=proxies,
+        server_header=False,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
         timeout_keep_alive=75,  # longer than nginx keeps a connection, or it meets a closed one
-        timeout_worker_healthcheck=30,  # a worker that is slow to start is not to be killed for it
-        proxy_headers=bool(proxies), forwarded_allow_ips=proxies, server_header=False,
-        log_config=None, access_log=False, timeout_graceful_shutdown=4,
-        ws=Frames, ws_max_size=64 * 1024, ws_per_message_deflate=False,
-        ws_ping_interval=PATIENCE_SECONDS / 2, ws_ping_timeout=PATIENCE_SECONDS / 2,
-    )  # fmt: skip
+        timeout_graceful_shutdown=4,
+        ws_max_size=64 * 1024,
+        ws_per_message_deflate=False,
+    )

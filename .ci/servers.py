@@ -1,0 +1,264 @@
+"""What the tests of test_beyond.py start: services, PostgreSQL, proxies, and a browser."""
+# ruff: noqa: S101, S603
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+from websockets.sync.client import connect
+
+import test_main
+from test_main import PASSWORD, SETTINGS, is_healthy, wait_until
+
+ROOT = Path(test_main.__file__).parent
+MAIN = [sys.executable, str(ROOT / "main.py")]
+UVICORN = [sys.executable, "-m", "uvicorn"]
+KEY = "a key of at least 32 bytes for tests"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def is_listening(port):
+    with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+def megabytes(process_id):
+    status = Path(f"/proc/{process_id}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+class Service(NamedTuple):
+    """A server of its own, in a folder of its own."""
+
+    url: str
+    port: int
+    process: subprocess.Popen
+    client: httpx.Client  # somebody without an account
+    folder: Path
+
+    def log(self):
+        return (self.folder / "log").read_text()
+
+    def sql(self, script):
+        with closing(sqlite3.connect(self.folder / "app.db", timeout=10)) as connection, connection:
+            return connection.execute(script).fetchall()
+
+    def stop(self):
+        self.process.terminate()
+        return self.process.wait(10)
+
+
+def environment(**settings):
+    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    plain |= {"BCRYPT_ROUNDS": "4", "RATE_LIMIT": "off", "AUTH_RATE_LIMIT": "off"}
+    return plain | {"PYTHONPATH": str(ROOT)} | settings
+
+
+@contextmanager
+def run(*command, **options):
+    """A program beside this one, until the end of the block."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@contextmanager
+def serve(folder, *command, prefix="", **settings):
+    """`python main.py`, or another command; its database is app.db in the folder."""
+    folder.mkdir(exist_ok=True)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}{prefix}"
+    env = environment(PORT=str(port), UVICORN_PORT=str(port), **settings)
+    limits = httpx.Limits(max_connections=300)
+    with (
+        (folder / "log").open("a") as log,
+        run(*(command or MAIN), cwd=folder, env=env, stdout=log, stderr=log) as process,
+        httpx.Client(base_url=f"{url}/api/v1", timeout=30, limits=limits) as client,
+    ):
+        service = Service(url, port, process, client, folder)
+        wait_until(lambda: process.poll() is not None or is_healthy(url), 30)
+        assert process.poll() is None, service.log()
+        yield service
+
+
+class Postgres:
+    """A cluster of its own. PostgreSQL refuses to run as root."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="nutshell-postgres-")
+        self.port = free_port()
+        self.options = {"cwd": self.folder, "stderr": subprocess.DEVNULL}
+        if os.geteuid() == 0:
+            shutil.chown(self.folder, "postgres")
+            self.options |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+        command = self.command("initdb", "-A trust -U postgres -D data -N")
+        subprocess.run(command, **self.options, check=True, stdout=subprocess.DEVNULL)
+        self.start()
+
+    def command(self, program, options):
+        return [sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))[-1], *options.split()]
+
+    def start(self):
+        options = f"-D data -F -p {self.port} -k {self.folder} -c max_connections=200"
+        command = self.command("postgres", f"{options} -c listen_addresses=127.0.0.1")
+        self.process = subprocess.Popen(command, **self.options)
+        wait_until(lambda: self.psql("SELECT 1") == "1", 20)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(10)
+
+    def psql(self, sql, database="postgres"):
+        server = f"-h {self.folder} -p {self.port} -U postgres -qAt -d {database} -c"
+        command = [*self.command("psql", server), sql]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    def settings(self, database):
+        """For a service with a database that is new."""
+        self.psql(f"CREATE DATABASE {database}")
+        url = f"postgresql+asyncpg://postgres:hunter2@127.0.0.1:{self.port}/{database}"
+        return {"DATABASE_URL": url, "SECRET_KEY": KEY}
+
+
+class Echo(BaseHTTPRequestHandler):
+    """An app behind a proxy: it answers with the headers that it was sent."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(self.headers.items()).encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_): ...
+
+
+def run_nginx(folder, servers):
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+    head = f"user root; daemon off; pid {folder}/pid; events {{}} http {{ access_log off;"
+    (folder / "nginx.conf").write_text(f"{head} {folders} {servers} }}")
+    return run("nginx", "-c", folder / "nginx.conf", "-e", folder / "errors")
+
+
+def run_caddy(folder, site):
+    (folder / "Caddyfile").write_text(f"{{\n\tadmin off\n\tauto_https off\n}}\n{site}")
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", folder / "Caddyfile"]
+    env = os.environ | {"HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+    return run(*command, env=env, stderr=subprocess.DEVNULL)
+
+
+class Window:
+    """A window of Chromium with a storage of its own, told what to do over its DevTools."""
+
+    numbers = count(1)
+
+    def __init__(self, socket, url):
+        self.socket = socket
+        self.session = {}
+        self.heard = []
+        storage = self.call("Target.createBrowserContext")
+        target = self.call("Target.createTarget", url="about:blank", **storage)
+        session = self.call("Target.attachToTarget", **target, flatten=True)
+        self.session = {"sessionId": session["sessionId"]}
+        for domain in ("Log", "Network", "Page", "Runtime"):
+            self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=url)
+
+    def call(self, method, **params):
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": params}
+        self.socket.send(json.dumps(message | self.session))
+        while (answer := json.loads(self.socket.recv(30))).get("id") != number:
+            self.heard.append(answer)
+        return answer["result"]
+
+    def do(self, script):
+        options = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", expression=script, **options)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def text(self):
+        return " ".join(self.do("document.body?.innerText ?? ''").split())
+
+    def see(self, *texts):
+        try:
+            wait_until(lambda: all(text in self.text() for text in texts), 15)
+        except AssertionError:
+            raise AssertionError(f"{texts} is not in: {self.text()[-5000:]}") from None
+
+    def find(self, kind, name):
+        """A script for the first visible thing of that name, as soon as it is there."""
+        fits = f"(e) => e.checkVisibility() && e.innerText.trim() === {json.dumps(name)}"
+        script = f"[...document.querySelectorAll({json.dumps(kind)})].find({fits})"
+        wait_until(lambda: self.do(f"!!{script}"), 15)
+        return script
+
+    def fill(self, label, text):
+        self.do(f"{self.find('label', label)}.control.focus()")
+        self.call("Input.insertText", text=text)
+
+    def press(self, name):
+        self.do(f"{self.find('a, button', name)}.click()")
+
+    def events(self, *methods):
+        self.do("1")  # all that was sent before this
+        return [event["params"] for event in self.heard if event["method"] in methods]
+
+    def complaints(self):
+        entries = [event["entry"] for event in self.events("Log.entryAdded")]
+        entries = [entry for entry in entries if entry["level"] in ("warning", "error")]
+        return entries + self.events("Runtime.exceptionThrown", "Page.javascriptDialogOpening")
+
+    def sign_up(self, name):
+        fields = {"Email": f"{id(self)}@example.com", "Password": PASSWORD}
+        for label, text in (fields | {"First name, if you are new": name}).items():
+            self.fill(label, text)
+        self.press("Sign up")
+        self.see(f"You are {name}")
+
+    def write(self, title, content, button):
+        self.fill("Title", title)
+        self.fill("Text", content)
+        self.press(button)
+
+
+@contextmanager
+def run_chromium(folder):
+    """Yields a function that opens a window. The browser reaches this machine alone."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    command += [f"--user-data-dir={folder}", "--remote-debugging-port=0"]
+    told = folder / "DevToolsActivePort"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        port, path = wait_until(lambda: told.exists() and told.read_text().split()[:2], 30)
+        with ExitStack() as stack:
+            sockets = (connect(f"ws://127.0.0.1:{port}{path}", max_size=None) for _ in count())
+            yield lambda url: Window(stack.enter_context(next(sockets)), url)
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,786 @@
+"""What Nutshell promises beside other servers, in a browser, under attack, and on a broken machine.
+
+.ci/run starts these tests, as root on Linux. One that lacks something is skipped and says what.
+FULL=1 in the environment runs all rounds. What measures time stands at the end.
+"""
+# ruff: noqa: E402, I001
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from http.client import HTTPConnection
+from http.server import ThreadingHTTPServer
+from itertools import count, product
+from pathlib import Path
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # where main.py is
+pytest.register_assert_rewrite("test_main", "servers")
+
+import main
+import test_main
+from test_main import PASSWORD, as_person, assert_error, enter_room, is_healthy, listen, sign_up
+from test_main import wait_until, write_comment, write_post
+from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, environment, free_port, is_listening
+from servers import megabytes, run_caddy, run_chromium, run_nginx, serve
+
+FULL = os.environ.get("FULL") == "1"
+README = next(f for f in (ROOT / "README.md", ROOT.parent / "README.md") if f.exists()).read_text()
+ADMIN = {"FIRST_SUPERUSER_EMAIL": "admin@example.com", "FIRST_SUPERUSER_PASSWORD": PASSWORD}
+POST = {"title": "Bees", "content": "They hum.", "is_published": True}
+STOPPED = (0, -signal.SIGTERM)  # uvicorn ends by the signal that has stopped it
+
+# --- Helpers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _close_clients():
+    yield
+    test_main.open_clients.close()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("service"), LOG_LEVEL="warning", **ADMIN) as service:
+        yield service
+        assert "Traceback" not in service.log()
+
+
+def at_once(number, work):
+    """What so many threads return for 0, 1, 2 …"""
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(work, range(number)))
+
+
+def time_of(work):
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def patience():
+    """How many times longer all takes than on a machine that does nothing else."""
+    started, cpu = time.monotonic(), time.thread_time()
+    while time.thread_time() < cpu + 0.3:
+        pass
+    return max(1, (time.monotonic() - started) / 0.3)
+
+
+def in_readme(kind, word=""):
+    """The block of README that is of this kind and has this word."""
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if word in block)
+    return block
+
+
+def need(program):
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+
+
+def with_mounts(script):
+    """main.py where this script has mounted something, which no other process sees."""
+    unshare = ["unshare", "--mount", "sh", "-euc"]
+    if subprocess.run([*unshare, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode:
+        pytest.skip("to mount something needs root")
+    return [*unshare, f'{script}; exec "$@"', "sh", *MAIN]
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/postgres")):
+        pytest.skip("postgresql is not installed")
+    postgres = Postgres()
+    yield postgres
+    postgres.stop()
+    shutil.rmtree(postgres.folder)
+
+
+def test_all_of_test_main_passes_on_postgresql(postgres):
+    url = postgres.settings("test_main")["DATABASE_URL"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    env = environment(TEST_DATABASE_URL=url)
+    done = subprocess.run([*command, "test_main.py"], cwd=ROOT, env=env, capture_output=True)
+    print(done.stdout.decode())
+    assert done.returncode == 0
+
+
+def test_postgresql_needs_a_secret_key(postgres, tmp_path):
+    env = environment(DATABASE_URL=postgres.settings("no_key")["DATABASE_URL"])
+    done = subprocess.run(MAIN, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode in (2, 3)
+    assert done.stderr == "SECRET_KEY: must be set in production and with PostgreSQL\n"
+
+
+def test_a_postgresql_that_is_gone_is_503_until_it_is_back(postgres, tmp_path):
+    with serve(tmp_path, **postgres.settings("gone")) as service:
+        ann = sign_up(service.client)
+        post = write_post(ann)
+        postgres.stop()
+        try:
+            for answer in at_once(20, lambda _: ann.api.post("/posts", json=POST)):
+                assert_error(answer, 503, "UNAVAILABLE")
+                assert answer.headers["retry-after"]
+            assert_error(service.client.get("/posts"), 503, "UNAVAILABLE")
+            assert_error(httpx.get(f"{service.url}/health"), 503, "UNAVAILABLE")
+        finally:
+            postgres.start()
+        wait_until(lambda: ann.api.post("/posts", json=POST).status_code == 201)
+        assert is_healthy(service.url)
+        assert service.client.get("/posts").json()["items"][1:] == [post]
+        assert "Traceback" not in service.log()
+
+
+def test_a_lock_that_postgresql_does_not_give_is_503(postgres, tmp_path):
+    lock = "BEGIN; LOCK TABLE post IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(6)"
+    locks = "SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND granted"
+    with serve(tmp_path, **postgres.settings("locked")) as service, ThreadPoolExecutor(1) as pool:
+        ann = sign_up(service.client)
+        locked = pool.submit(postgres.psql, lock, "locked")
+        wait_until(lambda: postgres.psql(locks) != "0")
+        assert_error(ann.api.post("/posts", json=POST), 503, "UNAVAILABLE")
+        assert is_healthy(service.url)
+        locked.result()
+        assert ann.api.post("/posts", json=POST).status_code == 201
+
+
+# --- Start, stop, and what goes wrong in between --------------------------------------------------
+
+
+@pytest.mark.parametrize("turn", range(10 if FULL else 2))
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_four_processes_start_on_one_empty_database(tmp_path, request, database, turn):
+    settings = {"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/app.db"}
+    if database == "postgresql":
+        settings = request.getfixturevalue("postgres").settings(f"four_{turn}")
+    settings["CACHE_SECONDS"] = "0"  # as README says for processes that share a file
+    with ExitStack() as stack:
+        starts = [serve(tmp_path / str(number), **settings) for number in range(4)]
+        services = at_once(4, lambda number: stack.enter_context(starts[number]))
+        ann = sign_up(services[0].client)
+        path = f"/posts/{write_post(ann)['id']}"
+        for service in services:
+            change = {"title": f"From port {service.port}"}
+            answer = service.client.patch(path, json=change, headers=ann.api.headers)
+            assert answer.status_code == 200
+            titles = [other.client.get(path).json()["title"] for other in services]
+            assert titles == 4 * [change["title"]]
+        for service in services:
+            assert service.stop() in STOPPED
+            assert "Traceback" not in service.log()
+
+
+def write_until_killed(service, turn):
+    """The titles of all posts that were acknowledged by a service that is killed meanwhile."""
+    ann = sign_up(service.client)
+
+    def write(number):
+        titles = []
+        with suppress(httpx.TransportError):
+            for title in (f"{turn} {number} {post}" for post in count()):
+                answer = ann.api.post("/posts", json=POST | {"title": title})
+                assert answer.status_code == 201
+                titles.append(title)
+        return titles
+
+    with ThreadPoolExecutor(5) as pool:
+        writers = pool.map(write, range(5))
+        time.sleep(0.5 + turn % 17 / 20)
+        service.process.kill()
+    return {title for titles in writers for title in titles}
+
+
+def test_kill_9_loses_nothing_that_was_answered(tmp_path):
+    acknowledged = set()
+    for turn in range(100 if FULL else 3):
+        with serve(tmp_path) as service:
+            acknowledged |= write_until_killed(service, turn)
+        usual = patience()
+        started = time.monotonic()
+        with serve(tmp_path) as service:
+            assert time.monotonic() - started < 2 * max(usual, patience())
+            assert service.sql("PRAGMA integrity_check") == [("ok",)]
+            assert {title for (title,) in service.sql("SELECT title FROM post")} >= acknowledged
+
+
+def send_raw(port, lines, body="", address="127.0.0.1"):
+    """A connection on which a request was sent. Little of the answer arrives until it is read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    connection.bind((address, 0))
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(f"{lines}\r\nHost: x\r\n\r\n{body}".encode())
+    return closing(connection)
+
+
+def test_sigterm_lets_a_request_finish_and_ends_all_else(tmp_path):
+    body = json.dumps({"email": "slow@example.com", "password": PASSWORD})
+    register = "POST /api/v1/auth/register HTTP/1.1\r\nContent-Type: application/json"
+    register += f"\r\nContent-Length: {len(body)}"
+    with serve(tmp_path, BCRYPT_ROUNDS="13") as service:
+        ann = sign_up(service.client)
+        post = write_post(ann)["id"]
+        with (
+            listen(service.client) as listener,
+            enter_room(service.url, ann, post) as room,
+            send_raw(service.port, register, body) as slow,
+            send_raw(service.port, register, body[:-5]) as stuck,
+            socket.create_connection(("127.0.0.1", service.port)),
+        ):
+            write_comment(ann, post)  # takes its turn behind what was sent before
+            listener.wait(1)
+            started = time.monotonic()
+            assert service.stop() in STOPPED
+            assert time.monotonic() - started < 7
+            assert slow.recv(1_000).startswith(b"HTTP/1.1 201 ")
+            assert stuck.recv(1_000).startswith(b"HTTP/1.1 503 ")
+            with pytest.raises(ConnectionClosed):
+                [room.recv(5) for _ in range(3)]
+            wait_until(lambda: not listener.thread.is_alive())
+        assert service.sql("SELECT count(*) FROM user WHERE email = 'slow@example.com'") == [(1,)]
+        assert "Traceback" not in service.log()
+
+
+def test_a_full_disk_is_503_and_loses_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = with_mounts(f"mount -t tmpfs -o size=8m tmpfs {disk}")
+    with serve(tmp_path, *command, DATABASE_URL=f"sqlite+aiosqlite:///{disk}/app.db") as service:
+        ann = sign_up(service.client)
+        ballast = Path(f"/proc/{service.process.pid}/root{disk}/ballast")
+
+        def write(_=0):
+            return ann.api.post("/posts", json=POST | {"content": "x" * 20_000})
+
+        written = [write() for _ in range(10)]
+        with suppress(OSError), ballast.open("wb", 0) as file:
+            while True:
+                file.write(bytes(4_096))
+        written += [write() for _ in range(100)]  # some find room in files that are there
+        assert {answer.status_code for answer in written} == {201, 503}
+        for answer in written[-20:]:
+            assert_error(answer, 503, "UNAVAILABLE")
+        assert service.client.get("/posts/1").status_code == 200
+        assert service.log().count("the database is unavailable: ") >= 20
+        ballast.unlink()
+        written.append(write())
+        assert written[-1].status_code == 201
+        acknowledged = sum(answer.status_code == 201 for answer in written)
+        assert service.client.get("/posts").json()["total"] == acknowledged
+        assert "Traceback" not in service.log()
+
+
+def test_settings_may_be_files_in_run_secrets(tmp_path):
+    script = "mount -t tmpfs tmpfs /run; mkdir /run/secrets; cd /run/secrets"
+    script += f"; printf '{KEY}' > SECRET_KEY; printf '{PASSWORD}\\n' > first_superuser_password"
+    command = with_mounts(f"{script}; cd {tmp_path}")
+    settings = {"ENVIRONMENT": "production", "FIRST_SUPERUSER_EMAIL": "admin@example.com"}
+    with serve(tmp_path, *command, **settings) as service:
+        assert as_person(service.client, "admin@example.com").id == 1
+        assert not (tmp_path / "app.db.key").exists()
+
+
+def test_a_backup_made_under_load_is_restored_as_readme_shows(tmp_path):
+    shell = partial(subprocess.run, check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    with serve(tmp_path) as service, ThreadPoolExecutor(1) as pool:
+        ann = sign_up(service.client)
+        writing = pool.submit(lambda: [write_post(ann)["id"] for _ in range(200)])
+        known = wait_until(lambda: service.client.get("/posts").json()["total"])
+        shell(["sh", "-euc", in_readme("sh", "VACUUM")])
+        writing.result()
+        service.process.kill()  # what this leaves beside the file must not come back
+        service.process.wait()
+        (tmp_path / "app.db.key").unlink()
+        shell(["sh", "-euc", in_readme("sh", "mv copy.db")])
+    with serve(tmp_path) as service:
+        assert service.sql("PRAGMA integrity_check") == [("ok",)]
+        assert known <= service.client.get("/posts").json()["total"] < 200
+        assert service.client.get("/users/me", headers=ann.api.headers).status_code == 200
+
+
+@pytest.mark.parametrize("option", ["--reload", "--workers=2"])
+def test_uvicorn_serves_the_same_and_its_children_remember_nothing(tmp_path, option):
+    with serve(tmp_path, *UVICORN, "main:app", option) as service:
+        post = write_post(sign_up(service.client))
+        answers = [service.client.get(f"/posts/{post['id']}") for _ in range(10)]
+        assert [answer.json() for answer in answers] == 10 * [post]
+        assert [answer.headers.get("x-cache") for answer in answers] == 10 * [None]
+
+
+def test_behind_a_trusted_proxy_clients_are_counted_by_their_own_address(tmp_path):
+    with serve(tmp_path, FORWARDED_ALLOW_IPS="127.0.0.1", RATE_LIMIT="5/minute") as service:
+
+        def ask(addresses):
+            headers = {"X-Forwarded-For": addresses}
+            return service.client.get("/posts", headers=headers).status_code
+
+        assert [ask("192.0.2.1") for _ in range(6)] == 5 * [200] + [429]
+        assert ask("192.0.2.2") == 200
+        assert ask("192.0.2.2, 192.0.2.1") == 429  # the one on the right met the proxy
+
+
+# --- Proxies --------------------------------------------------------------------------------------
+
+LIES = {"Remote-User": "1", "Remote-Groups": "admin", "Remote-Email": "x@y.zz", "Remote_User": "1"}
+
+
+@pytest.fixture(scope="module")
+def app_port():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever)
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.fixture(params=["nginx", "caddy"])
+def front(request, tmp_path, service, app_port):
+    """A client of a proxy that stands in front of an app, as README shows it."""
+    need(request.param)
+    port = free_port()
+    block = in_readme({"nginx": "nginx", "caddy": "caddyfile"}[request.param])
+    block = block.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    block = block.replace(":80 {", f"http://127.0.0.1:{port} {{")
+    block = block.replace("nutshell:8000", f"127.0.0.1:{service.port}")
+    block = block.replace("app:3000", f"127.0.0.1:{app_port}")
+    start = {"nginx": run_nginx, "caddy": run_caddy}[request.param]
+    with start(tmp_path, block), httpx.Client(base_url=f"http://127.0.0.1:{port}") as front:
+        wait_until(lambda: is_listening(port), 20)
+        yield front
+
+
+def assert_told(answer, person, role="user"):
+    """The app was told the truth, once, under any spelling."""
+    headers = [(name.lower().replace("_", "-"), value) for name, value in answer.json()]
+    told = [pair for pair in headers if pair[0].startswith("remote-")]
+    truth = {"remote-user": str(person.id), "remote-groups": role, "remote-email": person.email}
+    assert sorted(told) == sorted(truth.items())
+
+
+def bearer(person):
+    return {"Authorization": person.api.headers["Authorization"]}
+
+
+def test_the_app_behind_a_proxy_is_told_who_asks(front, service):
+    ann, admin = sign_up(service.client), as_person(service.client, "admin@example.com")
+    assert_told(front.get("/any?x=1", headers=bearer(ann) | LIES), ann)
+    assert_told(front.post("/any", headers=bearer(ann) | LIES, content="x" * 1_000), ann)
+    assert_told(front.get("/admin?x=1", headers=bearer(admin)), admin, "admin")
+    form = {"username": ann.email, "password": PASSWORD}
+    token = front.post("/api/v1/auth/login", data=form).json()["access_token"]
+    assert_told(front.get("/any", headers={"Authorization": f"Bearer {token}"}), ann)
+
+
+def test_the_proxy_refuses_a_client_without_a_good_token(front, service):
+    ann = sign_up(service.client)
+    ended = bearer(ann)
+    ann.api.post("/auth/logout")
+    refresh = {"Authorization": f"Bearer {sign_up(service.client).tokens['refresh_token']}"}
+    for headers in ({}, {"Authorization": "Bearer bad"}, refresh, ended):
+        assert front.get("/any", headers=LIES | headers).status_code == 401
+
+
+@pytest.mark.parametrize("names", ["Remote-User", "Remote-User, Remote-Groups", "Authorization"])
+def test_a_client_cannot_have_the_proxy_drop_what_the_app_is_told(front, service, names):
+    """Proxies drop the headers that `Connection` names."""
+    ann = sign_up(service.client)
+    headers = LIES | bearer(ann) | {"Connection": f"close, {names}"}
+    assert front.get("/admin", headers=headers).status_code in (401, 403)
+    answer = front.get("/any", headers=headers)
+    if answer.status_code != 401:
+        assert_told(answer, ann)
+
+
+@pytest.mark.parametrize(
+    "path", ["/admin", "/admin/x?y=1", "/Admin", "/ADMIN/x", "/%61dmin", "/x/../admin", "//admin"]
+)
+def test_only_admins_pass_what_is_for_admins(front, service, path):
+    """However it is spelt: the app may read it as `/admin`."""
+    ann, admin = sign_up(service.client), as_person(service.client, "admin@example.com")
+    for person, status in ((ann, 403), (admin, 200)):
+        with closing(HTTPConnection(front.base_url.netloc.decode(), timeout=10)) as connection:
+            connection.request("GET", path, headers=bearer(person) | LIES)  # does not tidy it up
+            assert connection.getresponse().status == status
+
+
+def test_a_shared_cache_keeps_nothing_that_was_asked_for_with_a_token(service, tmp_path):
+    need("nginx")
+    port = free_port()
+    cache = (
+        f"proxy_pass http://127.0.0.1:{service.port}; proxy_cache zone; proxy_cache_valid any 1m"
+    )
+    server = f"server {{ listen 127.0.0.1:{port}; location / {{ {cache};"
+    server += "add_header Found $upstream_cache_status always; } }"
+    ann, ben = sign_up(service.client), sign_up(service.client)
+    draft = write_post(ann, is_published=False)["id"]
+    with (
+        run_nginx(tmp_path, f"proxy_cache_path {tmp_path}/cache keys_zone=zone:1m; {server}"),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1") as front,
+    ):
+        wait_until(lambda: is_listening(port))
+        for person in (ann, ben, ann):
+            for path in ("/users/me", f"/posts/{draft}", "/posts"):
+                answer = front.get(path, headers=bearer(person))
+                assert answer.headers["found"] == "MISS"
+                assert answer.headers["cache-control"] == "private, no-store"
+                assert answer.json() == person.api.get(path).json() or answer.status_code == 404
+        assert front.get(f"/posts/{draft}").status_code == 404
+        assert front.get("/users/me").status_code == 401
+
+
+# --- Alembic --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, request, database):
+    pytest.importorskip("alembic")
+    settings = {}
+    if database == "postgresql":
+        settings = request.getfixturevalue("postgres").settings("alembic")
+    with serve(tmp_path, **settings) as service:
+        ann = sign_up(service.client)
+    before, age, after = (ROOT / "main.py").read_text().partition("    age: Age = None\n")
+    (tmp_path / "main.py").write_text(f"{before}{age}    nickname: Name = None\n{after}")
+    env = environment(**settings, PYTHONPATH="")
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    command = partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    refused = command([sys.executable, "main.py"])
+    assert refused.returncode == 3
+    assert 'table "user" has no column "nickname"' in refused.stderr
+    assert "Traceback" not in refused.stderr
+    script = in_readme("sh", "alembic init").removeprefix("pip install alembic\n")
+    done = command(["sh", "-euc", script + in_readme("sh", "alembic upgrade")])
+    assert done.returncode == 0, done.stderr
+    (revision,) = (tmp_path / "migrations" / "versions").glob("*.py")
+    upgrade = revision.read_text().partition("def upgrade")[2].partition("def downgrade")[0]
+    assert re.findall(r"op\.(\w+)\(", upgrade) == ["add_column"]
+    with serve(tmp_path, sys.executable, "main.py", **settings, PYTHONPATH="") as service:
+        me = service.client.patch("/users/me", json={"nickname": "Bee"}, headers=ann.api.headers)
+        assert me.status_code == 200
+
+
+# --- Chapters -------------------------------------------------------------------------------------
+
+CHAPTERS = re.split(r"^(?=# --- .+ ---+$)", (ROOT / "main.py").read_text(), flags=re.MULTILINE)
+NAMES = [re.match(r"(?:# --- (.+?) -+\n)?", chapter)[1] for chapter in CHAPTERS]
+
+
+PREFIXES = [NAMES[:end] for end in range(NAMES.index("Application") + 1, len(NAMES) + 1)]
+GONE = [{"Docs"}, {"Cache"}, {"Live events", "Rooms"}, {"Mail"}, {"Demo"}, {"The page"}]
+PATHS = {"Docs": "/docs", "Live events": "/api/v1/events", "The page": "/"}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [pytest.param(names, id=f"up to {names[-1]}") for names in PREFIXES]
+    + [pytest.param([n for n in NAMES if n not in gone], id=f"without {gone}") for gone in GONE],
+)
+def test_chapters_may_be_cut_off_or_taken_out(tmp_path, left):
+    texts = [text for name, text in zip(NAMES, CHAPTERS, strict=True) if name in left]
+    (tmp_path / "left.py").write_text("".join(texts))
+    with serve(tmp_path, *UVICORN, "left:app", PYTHONPATH=str(tmp_path)) as service:
+        assert httpx.get(f"{service.url}/openapi.json").json()["info"]["title"] == "Nutshell"
+        for name, path in PATHS.items():
+            with httpx.stream("GET", service.url + path, headers={"Accept": "text/html"}) as answer:
+                assert answer.status_code == (200 if name in left else 404)
+        if "Accounts" in left:
+            ann = sign_up(service.client)
+        if "Posts" in left:
+            post = write_post(ann)
+            answers = [service.client.get("/posts") for _ in range(2)]
+            assert [answer.json()["items"] for answer in answers] == 2 * [[post]]
+            assert answers[1].headers.get("x-cache") == ("hit" if "Cache" in left else None)
+        if "Comments" in left:
+            assert write_comment(ann, post["id"])["post_id"] == post["id"]
+        assert ("--- Mail to" in service.log()) == ("Mail" in left)
+        assert "Traceback" not in service.log()
+
+
+# --- In a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def open_window(tmp_path_factory):
+    need("chromium")
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as open_window:
+        yield open_window
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("demo"), DEMO="true") as demo:
+        yield demo
+
+
+def test_what_one_window_writes_another_sees_at_once_and_it_stays_text(open_window, demo):
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    mine, theirs = open_window(demo.url), open_window(demo.url)
+    theirs.see("Events: open", "Welcome by Ann", "ann@example.com")
+    mine.sign_up(evil)
+    mine.write(evil, f"They hum.\n{evil}", "Save as draft")
+    mine.see(f"{evil}, a draft", f"They hum. {evil}")
+    assert evil not in theirs.text()
+    mine.press("Publish this draft")
+    theirs.see("Events: post.published", f"{evil} by {evil}")
+    theirs.press(evil)
+    theirs.see("They hum.")
+    mine.fill("Your comment", evil)
+    mine.press("Send")
+    theirs.see("Events: comment.created", f"{evil} {evil}")
+    assert "Your comment" not in theirs.text()
+    mine.press("Sign out")
+    mine.see("Sign up", f"{evil} {evil}")
+    for window in (mine, theirs):
+        assert window.do("document.querySelectorAll('main img, main script').length") == 0
+        assert window.complaints() == []
+        sent = window.events("Network.requestWillBeSent")
+        urls = [event["request"]["url"] for event in sent]
+        assert [url for url in urls if not url.startswith((demo.url, "data:"))] == []
+
+
+def test_the_page_shows_its_last_call_as_a_command_and_hides_secrets(open_window, demo):
+    window = open_window(demo.url)
+    window.sign_up("Dora")
+    secret = f"{PASSWORD}|eyJ"
+    for element in ("call", "answer"):
+        nodes = f"[...document.getElementById('{element}').childNodes]"
+        texts = window.do(f"{nodes}.map((node) => [node.nodeName === 'B', node.textContent])")
+        assert not re.search(secret, "".join(text for is_hidden, text in texts if not is_hidden))
+        assert re.search(secret, "".join(text for is_hidden, text in texts if is_hidden))
+    color = "getComputedStyle(document.querySelector('#call b')).color"
+    assert window.do(color) == "rgba(0, 0, 0, 0)"
+    window.write('It\'s "quoted" \\ $HOME `id`', "A\n'text'", "Publish")
+    window.see("$HOME `id` by Dora", "Authorization: Bearer")
+    command = window.do("document.getElementById('call').textContent")  # as it is copied
+    done = subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["title"] == 'It\'s "quoted" \\ $HOME `id`'
+
+
+def test_the_docs_work_without_a_network(open_window, demo):
+    window = open_window(f"{demo.url}/docs")
+    document = httpx.get(f"{demo.url}/openapi.json").json()
+    routes = sum(len(methods) for methods in document["paths"].values())
+    wait_until(lambda: window.do("document.querySelectorAll('.opblock').length") == routes, 20)
+    window.do("document.querySelector('#operations-posts-list_posts button').click()")
+    window.press("Execute")
+    window.see('"title": "Welcome"', '"full_name": "Ann"')
+    assert window.complaints() == []
+
+
+def test_page_docs_and_cache_work_under_a_prefix(open_window, tmp_path):
+    lines = ["import fastapi, main", "app = fastapi.FastAPI(lifespan=main.lifespan)"]
+    (tmp_path / "parent.py").write_text("\n".join([*lines, "app.mount('/nut', main.app)"]))
+    command = [*UVICORN, "parent:app", "--timeout-graceful-shutdown=1"]
+    with serve(tmp_path, *command, prefix="/nut", PYTHONPATH=f"{tmp_path}:{ROOT}") as service:
+        window = open_window(f"{service.url}/")
+        window.see("Events: open")
+        window.sign_up("Dora")
+        window.write("Under a prefix", "It works.", "Publish")
+        window.see("Under a prefix by Dora", "Events: post.published")
+        answers = [service.client.get("/posts") for _ in range(2)]
+        assert answers[1].headers["x-cache"] == "hit"
+        window.press("All calls")
+        window.see("/api/v1/posts")
+        assert window.complaints() == []
+
+
+# --- Attacks --------------------------------------------------------------------------------------
+
+EVENTS = "GET /api/v1/events HTTP/1.1"
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
+def test_100_mb_are_refused_without_being_kept(service, announced):
+    before = megabytes(service.process.pid)
+    headers = {"Content-Length": str(100 * 2**20)} if announced else {}
+    headers["Content-Type"] = "application/json"
+    body = (bytes(2**20) for _ in range(100))
+    answer = service.client.post("/auth/register", content=body, headers=headers)
+    assert_error(answer, 413, "BODY_TOO_LARGE")
+    assert megabytes(service.process.pid) < before + 20
+
+
+def test_a_million_clients_take_20_mb_of_the_limiter():
+    store = main.limiter.store
+
+    async def hit():
+        for number in range(1_000_000):
+            await store.hit(str(number), 60)
+
+    before = megabytes("self")
+    asyncio.run(hit())
+    assert megabytes("self") < before + 20
+
+
+def test_150_streams_of_one_address_leave_the_others_their_place(service):
+    with ExitStack() as stack:
+
+        def status_from(address):
+            connection = stack.enter_context(send_raw(service.port, EVENTS, address=address))
+            return int(connection.recv(100).split()[1]), connection
+
+        _, early = status_from("127.0.0.2")
+        crowd = [status_from("127.0.0.3")[0] for _ in range(150)]
+        assert sorted(crowd) == 60 * [200] + 90 * [503]
+        _, late = status_from("127.0.0.4")
+        write_post(sign_up(service.client))
+        for connection in (early, late):
+            wait_until(lambda other=connection: b"post.published" in other.recv(10_000))
+
+
+def test_clients_that_never_read_delay_nobody(tmp_path):
+    with serve(tmp_path, LOG_LEVEL="warning") as service, ExitStack() as stack:
+        ann = sign_up(service.client)
+        post = write_post(ann)["id"]
+
+        def comment(writer):
+            texts = [f"{writer} {number}" + 490 * "\u0001" for number in range(300)]
+            return [write_comment(ann, post, text)["id"] for text in texts]
+
+        deaf = socket.create_connection(("127.0.0.1", service.port))
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        room = enter_room(
+            service.url, ann, post, sock=deaf, max_queue=1, close_timeout=0, ping_interval=None
+        )
+        stack.enter_context(room)
+        with listen(service.client) as listener, send_raw(service.port, EVENTS):
+            ids = at_once(5, comment)
+            heard = [data["id"] for _, data in listener.wait(1_500)]
+        for of_one_writer in ids:
+            assert [number for number in heard if number in of_one_writer] == of_one_writer
+        stack.enter_context(send_raw(service.port, EVENTS))
+        assert time_of(service.stop) < 7
+        assert "Traceback" not in service.log()
+
+
+# --- What takes time ------------------------------------------------------------------------------
+
+
+def times_of_reads(service, seconds=3):
+    """The median, and the one that one of a hundred exceeds."""
+    times = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        times.append(time_of(lambda: service.client.get("/posts").raise_for_status()))
+        time.sleep(0.005)
+    return statistics.median(times), statistics.quantiles(times, n=100)[98]
+
+
+def test_50_logins_at_once_delay_no_reader(tmp_path):
+    form = f"username=admin%40example.com&password={PASSWORD}"
+    login = "POST /api/v1/auth/login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded"
+    login += f"\r\nContent-Length: {len(form)}"
+    usual = patience()
+    with serve(tmp_path, BCRYPT_ROUNDS="12", **ADMIN) as service, ExitStack() as stack:
+        logins = [send_raw(service.port, login, form) for _ in range(50)]
+        connections = [stack.enter_context(connection) for connection in logins]
+        _, p99 = times_of_reads(service)
+        found = {connection.recv(100).split()[1] for connection in connections}
+        assert found <= {b"200", b"429", b"503"}
+    assert p99 < 0.1 * max(usual, patience())
+
+
+def test_a_mebibyte_of_ampersands_is_refused_at_once(service):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+
+    def attack(number):
+        time.sleep(number / 10)
+        body = 2**20 * b"&" if number % 2 else (65_536 * b"&" for _ in range(16))
+        return service.client.post("/auth/login", content=body, headers=headers).status_code
+
+    with ThreadPoolExecutor(30) as pool:
+        answers = pool.map(attack, range(30))
+        median, _ = times_of_reads(service)
+        assert set(answers) == {413}
+    assert median < 0.1 * patience()
+
+
+def test_answers_that_nobody_reads_take_their_own_size_at_most(tmp_path):
+    with serve(tmp_path) as service, ExitStack() as stack:
+        sign_up(service.client)
+        service.sql(
+            "WITH n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 100) INSERT INTO post"
+            " (title, content, is_published, version, author_id, created_at, updated_at)"
+            " SELECT 'T', printf('%.*c', 20000, 'x'), 1, 1, 1, '2026-01-01', '2026-01-01' FROM n"
+        )
+        size = len(service.client.get("/posts?size=100").content) / 2**20
+        before = megabytes(service.process.pid)
+        for number in range(50):
+            path = f"/api/v1/posts?size=100&before={1_000 + number}"  # each is read anew
+            stack.enter_context(send_raw(service.port, f"GET {path} HTTP/1.1"))
+        median, _ = times_of_reads(service)
+        assert median < 0.1 * patience()
+        assert megabytes(service.process.pid) < before + 50 * size + 32  # with what is remembered
+
+
+GROW = """PRAGMA cache_size = -400000; PRAGMA synchronous = OFF; BEGIN; CREATE TEMP TABLE n AS
+WITH n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT i FROM n;
+INSERT INTO user (email, hashed_password, first_name, role, is_active, created_at, updated_at)
+    SELECT i || '@example.com', 'x', iif(i = 1, 'Rare', 'Many'), 'user', 1, '2026-01-01',
+    '2026-01-01' FROM n LIMIT 1000;
+INSERT INTO post (title, content, is_published, version, author_id, created_at, updated_at)
+    SELECT 'Title ' || (i * 7919 % 300000), 'x', i % 50 <> 0, 1, iif(i < 9, 1, 2 + i % 998),
+    strftime('%Y-%m-%d %H:%M:%S.000000', '2020-01-01', (i * 10) || ' minutes'),
+    strftime('%Y-%m-%d %H:%M:%S.000000', '2020-01-01', (i * 7919 % 300000) || ' minutes') FROM n;
+COMMIT;"""
+TIMES = ["", "&min_date=2000-01-01", "&min_date=2022-01-01&max_date=2023-01-01"]
+TIMES += ["&max_date=2020-01-02"]
+AUTHORS = ["", "&author=many", "&author=rare", "&author=nobody"]
+SORTS = ["", *(f"&sort={s}{c}" for c in ("created_at", "updated_at", "title") for s in ("", "-"))]
+ORDERS = [sort + page for sort, page in product(SORTS, ("", "&page=100"))]
+ORDERS += [f"&before={post}" for post in (10, 150_000, 2**31 - 1)]
+LISTS = ["/posts?size=100" + "".join(parts) for parts in product(TIMES, AUTHORS, ORDERS)]
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """300,000 posts by a thousand people, and nothing is remembered."""
+    with serve(tmp_path_factory.mktemp("big"), CACHE_SECONDS="0", LOG_LEVEL="warning") as service:
+        with closing(sqlite3.connect(service.folder / "app.db")) as connection:
+            connection.executescript(GROW)
+        yield service
+        assert "Traceback" not in service.log()
+
+
+def test_no_list_of_300_000_posts_takes_a_second_when_16_ask_at_once(big):
+    usual = patience()
+    taken = {}
+    healthy = []
+
+    def ask(number):
+        path = LISTS[number]
+        taken[path] = time_of(lambda: big.client.get(path).raise_for_status())
+        healthy.append(is_healthy(big.url))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(len(LISTS))))
+    limit = max(usual, patience())
+    assert {path: seconds for path, seconds in taken.items() if seconds >= limit} == {}
+    assert all(healthy)
+
+
+def test_lists_that_nobody_waits_for_delay_nobody(big):
+    for _ in range(16):
+        with send_raw(big.port, f"GET /api/v1{LISTS[-1]} HTTP/1.1"):
+            pass
+    assert is_healthy(big.url)
+    assert time_of(lambda: big.client.get(LISTS[0]).raise_for_status()) < 2 * patience()
+    assert_error(big.client.get("/posts?size=100&page=101"), 422, "VALIDATION_ERROR")
