@@ -130,7 +130,7 @@ def check_database_url(value: str) -> str:
         raise ValueError("needs a package: pip install asyncpg==0.32.0")
     try:
         sa.make_url(value)
-    except (exc.ArgumentError, ValueError):  # its text shows the password
+    except (exc.ArgumentError, ValueError):  # the error's own text contains the password
         raise ValueError("must be a URL, its password percent-encoded") from None
     return value
 
@@ -192,17 +192,17 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def check_combinations(self) -> Self:
-        sent = self.model_fields_set
+        given = self.model_fields_set
         problems = []
         if self.secret_key is None and (self.production or self.sqlite_file is None):
             problems.append("SECRET_KEY: must be set in production and with PostgreSQL")
-        if self.production and "cors_origins" not in sent:
+        if self.production and "cors_origins" not in given:
             self.cors_origins = []
         if self.production and "*" in self.cors_origins:
             problems.append("CORS_ORIGINS: must not be * in production")
         if (self.first_superuser_email is None) != (self.first_superuser_password is None):
             problems.append("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
-        if self.demo and (self.production or "database_url" in sent):
+        if self.demo and (self.production or "database_url" in given):
             problems.append("DEMO: must not be set in production or with DATABASE_URL")
         if self.redis_url is not None:
             problems.append("REDIS_URL: is not supported yet")
@@ -248,7 +248,6 @@ settings = load_settings()
 
 logger = logging.getLogger("nutshell")
 log_handler = logging.StreamHandler()
-REQUEST_FIELDS = ("request_id", "method", "path", "status", "ms", "client", "user_id")
 UVICORN_SAYS_TOO_MUCH = (
     *('%s - "WebSocket', "connection ", "Invalid UTF-8"),  # with a query in it
     "ASGI callable returned without completing handshake",  # of each WebSocket that is refused
@@ -261,16 +260,11 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info:
             message += f"\n{self.formatException(record.exc_info)}"
         entry = {"time": utc_now().isoformat(), "level": record.levelname, "message": message}
-        fields = [name for name in REQUEST_FIELDS if hasattr(record, name)]
-        return json.dumps(entry | {name: getattr(record, name) for name in fields})
-
-
-def is_safe_to_log(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(UVICORN_SAYS_TOO_MUCH)
+        return json.dumps(entry | getattr(record, "request", {}))
 
 
 def set_up_logging() -> None:
-    """Safe to call twice. At debug only the SQL is added: libraries would tell too much."""
+    """Safe to call twice. At debug level only SQL is added: other libraries log secrets."""
     text_formatter = logging.Formatter("%(asctime)s %(levelname)-8s %(message)s")
     log_handler.setFormatter(JSONFormatter() if settings.production else text_formatter)
     root = logging.getLogger()
@@ -279,7 +273,9 @@ def set_up_logging() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("uvicorn").propagate = True
-    logging.getLogger("uvicorn.error").addFilter(is_safe_to_log)
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: not str(record.msg).startswith(UVICORN_SAYS_TOO_MUCH)
+    )
     logging.getLogger("uvicorn.access").propagate = False  # we write a line for each request
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs parts of bodies
     if settings.log_level == "debug":
@@ -360,8 +356,9 @@ def is_unavailable(error: Any) -> bool:
 
 
 async def handle_database_error(request: HTTPConnection, error: Any) -> Response:
-    """The database keeps the rules, so that no check can race: its refusals are conflicts."""
+    """Constraints and version counters are checked by the database, which cannot race."""
     if isinstance(error, (exc.IntegrityError, StaleDataError)):
+        logger.warning("the database refused a write: %s", str(error).partition("\n")[0])
         detail = "This has changed in the meantime"
         return await handle_http_error(request, APIError("CONFLICT", detail))
     if not is_unavailable(error):
@@ -387,7 +384,11 @@ exception_handlers: dict[Any, Any] = {
 
 MAX_REMEMBERED = 2_000
 MAX_REMEMBERED_BYTES = 16 * 1024 * 1024
+# The timeout comes first: the switch to WAL may have to wait for another process.
+PRAGMAS = """PRAGMA busy_timeout=5000; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
+    PRAGMA foreign_keys=ON"""
 ANY_TABLE = "*"  # what a statement such as DELETE writes to
+# On SQLite any statement takes the lock: on_begin does.
 START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(7361))
 
 
@@ -395,19 +396,12 @@ class StartError(Exception):
     """Ends the start with its text as one line."""
 
 
-def set_pragmas(connection: Any, *more: str) -> None:
-    """The timeout comes first: even the switch to WAL may have to wait for another process."""
-    pragmas = ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", *more)
-    script = ";".join(f"PRAGMA {pragma}" for pragma in pragmas)
-    connection.run_async(lambda raw: raw.executescript(script))
+def set_pragmas(connection: Any, _: Any) -> None:
+    connection.run_async(lambda raw: raw.executescript(PRAGMAS))
 
 
-def on_connect_writer(connection: Any, _: Any) -> None:
-    set_pragmas(connection, "foreign_keys=ON")
-
-
-def on_connect_reader(connection: Any, _: Any) -> None:
-    set_pragmas(connection, "query_only=ON")
+def forbid_writes(connection: Any, _: Any) -> None:
+    connection.run_async(lambda raw: raw.executescript("PRAGMA query_only=ON"))
 
 
 def on_begin(connection: sa.Connection) -> None:
@@ -435,14 +429,17 @@ if settings.sqlite_file:
     # AUTOCOMMIT: there is no transaction but the one that on_begin begins.
     options |= {"max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
     write_engine = create_async_engine(settings.database_url, pool_size=1, **options)
-    options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}  # saves time
+    options |= {
+        "pool_reset_on_return": None,
+        "skip_autocommit_rollback": True,
+    }  # nothing to roll back
     read_engine = create_async_engine(settings.database_url, pool_size=2, **options)
     health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
-    sa.event.listen(write_engine.sync_engine, "connect", on_connect_writer)
+    for engine in (write_engine, read_engine, health_engine):
+        sa.event.listen(engine.sync_engine, "connect", set_pragmas)
     sa.event.listen(write_engine.sync_engine, "begin", on_begin)
     sa.event.listen(write_engine.sync_engine, "reset", on_reset)
-    sa.event.listen(read_engine.sync_engine, "connect", on_connect_reader)
-    sa.event.listen(health_engine.sync_engine, "connect", on_connect_reader)
+    sa.event.listen(read_engine.sync_engine, "connect", forbid_writes)
 else:
     timeouts = {"lock_timeout": "5000", "statement_timeout": "5000"}
     options |= {"connect_args": {"timeout": 5, "server_settings": timeouts}, "pool_pre_ping": True}
@@ -454,8 +451,8 @@ else:
 
 
 class Generation:
-    """A random value that each commit replaces: what was remembered under another one is void.
-    None where others may write to the database unseen: then nothing is remembered."""
+    """A random value, replaced at each commit: values remembered under another one are stale.
+    None if other processes can write to the database: then nothing is remembered."""
 
     def __init__(self) -> None:
         self.value = secrets.token_hex(8)
@@ -518,10 +515,15 @@ def on_execute(state: Any) -> None:
         state.session.info.setdefault("written", set()).add(ANY_TABLE)
 
 
-@sa.event.listens_for(Session, "after_commit")
+@sa.event.listens_for(Session, "before_commit")
 def on_commit(session: Session) -> None:
-    """Makes what was remembered unknown."""
-    written = session.info.pop("written", {ANY_TABLE})
+    session.info.setdefault("written", {ANY_TABLE})
+
+
+@sa.event.listens_for(Session, "after_transaction_end")
+def on_transaction_end(session: Session, transaction: Any) -> None:
+    """Also after a COMMIT that raised or was cancelled: it may have been done nevertheless."""
+    written = session.info.pop("written", set()) if transaction.parent is None else set()
     for memory in memories:
         if not written <= memory.independent_of:
             memory.generation.renew()
@@ -549,7 +551,8 @@ WriteSession = Annotated[AsyncSession, Depends(get_write_session, scope="functio
 
 @asynccontextmanager
 async def prepare_database() -> AsyncIterator[AsyncSession]:
-    """A session for the start. Processes that start together enter one after the other."""
+    """A session for the start. Processes enter one after the other: the first makes what is
+    missing."""
     async with AsyncSession(write_engine, expire_on_commit=False) as session:
         await session.exec(START_LOCK)
         yield session
@@ -589,21 +592,21 @@ NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
 
 
 class TableBase(SQLModel):
-    __table_args__: Any = {"sqlite_autoincrement": True}  # no id is used again
+    __table_args__: Any = {"sqlite_autoincrement": True}  # ids of deleted rows are not reused
 
     id: int = Field(default=None, primary_key=True)
     created_at: datetime = Field(default_factory=utc_now)
 
 
 class StrictBody(SQLModel):
-    """A JSON body. Unknown fields are refused, so that nobody sets what is not theirs."""
+    """A JSON body. Unknown fields are refused: a client cannot set columns such as role."""
 
     model_config = {"extra": "forbid"}
 
     @model_validator(mode="before")
     @classmethod
     def check_number_of_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > 50:  # to refuse each one would take seconds
+        if isinstance(value, dict) and len(value) > 50:  # to list each would block the event loop
             raise ValueError("has too many fields")
         return value
 
@@ -677,7 +680,7 @@ def add_state(scope: Scope) -> dict[str, Any]:
     state: dict[str, Any] = scope.setdefault("state", {})
     state["request_id"] = request_id
     path = scope["path"].removeprefix(root_path) if is_below else scope["path"]
-    state["path"] = path.removesuffix("\n")  # routes ignore it, too
+    state["path"] = path.removesuffix("\n")  # routes ignore it, so limits must too
     state["client"] = scope["client"][0] if scope.get("client") else ""
     state["status"] = 0
     state["request_headers"] = headers
@@ -685,6 +688,8 @@ def add_state(scope: Scope) -> dict[str, Any]:
         b"x-content-type-options": b"nosniff",
         b"x-request-id": request_id.encode(),
     }
+    if b"authorization" in headers:  # no cache may keep what is private
+        state["response_headers"][b"cache-control"] = b"private, no-store"
     return state
 
 
@@ -711,11 +716,11 @@ def limit_body(scope: Scope, receive: Receive) -> Receive:
 
 
 async def answer_uncaught(scope: Scope, error: BaseException) -> Response:
-    if isinstance(error, asyncio.CancelledError):  # a stop has waited long enough
+    if isinstance(error, asyncio.CancelledError):  # the grace period of a stop is over
         error = APIError("UNAVAILABLE", "The service is stopping, try again")
     elif not isinstance(error, APIError):
         logger.exception("request %s failed", scope["state"]["request_id"])
-        error = APIError("INTERNAL_ERROR", "This is our mistake: the log has its traceback")
+        error = APIError("INTERNAL_ERROR", "Internal error: the log has its traceback")
     return await handle_http_error(HTTPConnection(scope), error)
 
 
@@ -736,12 +741,12 @@ def log_request(scope: Scope, seconds: float) -> None:
         "user_id": state.get("user_id"),
     }
     line = "%(method)s %(path)s %(status)s %(ms)s ms %(client)s user=%(user_id)s %(request_id)s"
-    logger.info(line, fields, extra=fields if settings.production else None)
+    logger.info(line, fields, extra={"request": fields})
 
 
 class RequestMiddleware:
-    """Gives each request an id, its headers and a line in the log, limits its body, and answers
-    for what nobody caught."""
+    """Gives each request an id, its headers and a line in the log, limits its body, and turns
+    uncaught exceptions into a 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -763,20 +768,17 @@ class RequestMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"].endswith("http.response.start"):
                 state["status"] = message["status"]
-                headers = message["headers"]
-                if b"authorization" in state["request_headers"]:  # no cache keeps what is private
-                    headers = [pair for pair in headers if pair[0].lower() != b"cache-control"]
-                    headers.append((b"cache-control", b"private, no-store"))
-                seconds = b"%.4f" % (perf_counter() - started)
-                added = state["response_headers"].items()
-                message["headers"] = [*headers, *added, (b"x-process-time", seconds)]
+                ours = state["response_headers"]
+                ours[b"x-process-time"] = b"%.4f" % (perf_counter() - started)
+                others = [pair for pair in message["headers"] if pair[0].lower() not in ours]
+                message["headers"] = [*others, *ours.items()]
             elif message["type"] == "websocket.accept":
                 state["status"] = 101
             elif message["type"] == "websocket.close":
                 state["status"] = state["status"] or 403  # how it is answered before an accept
             await send(message)
 
-        try:  # CORS takes time, and says nothing to a request without an Origin
+        try:  # CORS takes time, and adds nothing without an Origin
             handler = self.cors if b"origin" in state["request_headers"] else self.respond
             await handler(scope, receive, send_with_headers)
         finally:
@@ -799,7 +801,7 @@ class RequestMiddleware:
                 await send({"type": "http.response.body"})
 
 
-TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")  # the last one: to that endpoint
+TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")  # auto_configure: to that endpoint
 telemetry: Any = dict.fromkeys(TELEMETRY, settings.otel_exporter_otlp_endpoint is not None)
 app = FastAPI(
     title="Nutshell",
@@ -887,7 +889,7 @@ path_limits: dict[str, Limit | None] = {"/health": None, "/openapi.json": None, 
 
 
 class WindowStore:
-    """Two dictionaries take turns: when one is full or an hour old, the older one is dropped."""
+    """Bounded: when `new` is full or an hour old, it becomes `old`, and what was old is dropped."""
 
     def __init__(self) -> None:
         self.new: dict[str, tuple[int, float]] = {}  # how many so far, and when the window ends
@@ -934,14 +936,14 @@ limiter = Limiter()
 
 @lru_cache(1_000)
 def client_key(address: str) -> str:
-    """IPv6 by the /64 that one customer has, IPv4 as such however it comes, all else as one."""
+    """An IPv6 client counts by its /64 network, an IPv4-mapped address as IPv4."""
     try:
         ip = ip_address(address)
     except ValueError:
         return "unknown"
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is None:
-        return ip.packed[:8].hex()
-    return str(getattr(ip, "ipv4_mapped", None) or ip)
+    if isinstance(ip, IPv6Address):
+        return str(ip.ipv4_mapped or ip.packed[:8].hex())
+    return str(ip)
 
 
 class RateLimitMiddleware:
@@ -966,7 +968,7 @@ app.user_middleware.append(Middleware(RateLimitMiddleware))
 
 MAX_WAITING_PASSWORDS = 64
 MAX_TOKEN_LENGTH = 4_096
-# Costs what a real hash costs, and no password fits it.
+# Checking a password against it takes as long as a real check, and always fails.
 DECOY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 hashing_threads = anyio.CapacityLimiter(os.cpu_count() or 1)
 TokenType = Literal["access", "refresh"]
@@ -1017,7 +1019,7 @@ async def load_signing_key() -> AsyncIterator[None]:
 class TokenClaims(BaseModel):
     """What every token must say."""
 
-    sub: Id  # JSON has it as a text
+    sub: Id  # a string in the JWT
     sid: Annotated[str, NO_NUL]
     jti: str
     type: TokenType
@@ -1137,13 +1139,13 @@ class TokenBearer(OAuth2PasswordBearer):
     async def __call__(self, request: HTTPConnection) -> str | None:
         header = request.headers.get("Authorization")
         protocols = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        is_socket = request.scope["type"] == "websocket"  # the cache looks at Authorization alone
+        is_socket = request.scope["type"] == "websocket"  # over HTTP the cache would not see it
         if header is None and is_socket and protocols[0] == "bearer":  # how a browser sends it
             return protocols[-1].strip()
         if header is None:
             return None
         scheme, _, token = header.partition(" ")
-        return token if scheme.lower() == "bearer" else ""
+        return token if scheme.lower() == "bearer" else ""  # refused, like any bad token
 
 
 BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
@@ -1158,20 +1160,23 @@ class Identity(NamedTuple):
 
 
 identities = Memory(independent_of=frozenset({"post", "comment"}))
-USER_OF_TOKEN = (
-    select(User)
+LOGIN_OF_TOKEN = (
+    select(User, LoginSession)
     .join(LoginSession, col(LoginSession.user_id) == User.id)
     .where(LoginSession.id == sa.bindparam("sid"), User.id == sa.bindparam("sub"), User.is_active)
 )
 
 
-async def find_user_of_token(session: AsyncSession, claims: TokenClaims) -> User:
-    """The user of a token, while they are active and its login session is there."""
-    ids = {"sid": claims.sid, "sub": claims.sub}
-    user = (await session.exec(USER_OF_TOKEN, params=ids)).first()
-    if user is None:
+async def find_login(
+    session: AsyncSession, claims: TokenClaims, statement: Any = LOGIN_OF_TOKEN
+) -> tuple[User, LoginSession]:
+    """The active user of a token, and its login session."""
+    found = (
+        await session.exec(statement, params=claims.model_dump(include={"sid", "sub"}))
+    ).first()
+    if found is None:
         raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked")
-    return user
+    return found.User, found.LoginSession
 
 
 async def get_optional_user(
@@ -1183,8 +1188,8 @@ async def get_optional_user(
     generation, identity = await identities.get(token)
     if identity is None or identity.expires <= utc_now().timestamp():
         claims = decode_token(token, "access")
-        user = await find_user_of_token(session, claims)
-        await session.close()  # who waits for the writer, or for a hash, must hold no connection
+        user, _ = await find_login(session, claims)
+        await session.close()  # hold no reader while waiting for the writer or for bcrypt
         identity = Identity(claims.exp, UserRead.model_validate(user))
         identities.keep(token, identity, len(token) + 5_000, generation)
     me: UserRead = identity.user
@@ -1205,7 +1210,7 @@ CurrentUser = Annotated[UserRead, Depends(get_current_user)]
 
 
 async def commit_user(session: AsyncSession) -> None:
-    """Of two who want one email at once, the database decides."""
+    """If two requests use one email, the unique constraint decides."""
     try:
         await session.commit()
     except exc.IntegrityError:
@@ -1234,7 +1239,7 @@ async def authenticate(
     try:
         email = normalize_email(email)
     except ValueError:
-        email = ""  # nobody has it
+        email = ""  # no account has it
     digest = await limit_email(email, request)
     found = (await read_session.exec(select(User).where(User.email == email))).first()
     await read_session.close()  # hashing takes a while: others need the connection
@@ -1310,21 +1315,18 @@ async def refresh(
 ) -> Token:
     """Exchange a refresh token for new ones. One used over 10 s ago ends the session."""
     claims = decode_token(refresh_token, "refresh")
-    now = utc_now()
-    this = col(LoginSession.id) == claims.sid
-    # The database decides who comes first: the request that still finds its jti replaces it.
-    await session.exec(
-        sa.update(LoginSession)
-        .where(this, col(LoginSession.refresh_jti) == claims.jti)
-        .values(refresh_jti=secrets.token_urlsafe(), previous_jti=claims.jti, refreshed_at=now)
-    )
-    user = await find_user_of_token(session, claims)
-    login_session = (await session.exec(select(LoginSession).where(this))).one()
-    is_in_time = now - login_session.refreshed_at <= REFRESH_GRACE
-    if login_session.previous_jti != claims.jti or not is_in_time:
-        await session.exec(sa.delete(LoginSession).where(this))
+    # Locked until the commit: of two requests at once the second sees what the first has written.
+    locked = LOGIN_OF_TOKEN.with_for_update(of=LoginSession)
+    _, login_session = await find_login(session, claims, locked)
+    is_late = utc_now() - login_session.refreshed_at > REFRESH_GRACE
+    if login_session.refresh_jti == claims.jti:
+        login_session.refresh_jti = secrets.token_urlsafe()
+        login_session.previous_jti = claims.jti
+        login_session.refreshed_at = utc_now()
+    elif login_session.previous_jti != claims.jti or is_late:
+        await session.delete(login_session)
         await session.commit()
-        logger.warning("user %s: a used refresh token came again, session ended", user.id)
+        logger.warning("user %s: a used refresh token came again, session ended", claims.sub)
         raise APIError("TOKEN_REUSED", "This refresh token was used before: sign in again")
     await session.commit()
     return create_tokens(login_session, response)
@@ -1336,8 +1338,8 @@ async def logout(
 ) -> None:
     """End this session, or all of yours."""
     condition = col(LoginSession.user_id) == me.id
-    if not everywhere:
-        condition &= col(LoginSession.id) == decode_token(token or "", "access").sid
+    if token and not everywhere:
+        condition &= col(LoginSession.id) == decode_token(token, "access").sid
     await session.exec(sa.delete(LoginSession).where(condition))
     await session.commit()
 
@@ -1359,8 +1361,8 @@ async def get_me(me: CurrentUser) -> UserRead:
 
 
 # --- Posts ----------------------------------------------------------------------------------------
-# Everything about posts. Drafts are visible only to their author and to superusers. What happens to
-# a published post is announced after the commit.
+# Table, schemas, guards and routes of posts. Drafts are visible only to their author and to
+# superusers. What happens to a published post is announced after the commit.
 
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
 Content = Annotated[str, Field(max_length=20_000), NotBlank, Examples(["They hum."])]
@@ -1421,10 +1423,8 @@ class PostDeleted(SQLModel):
 def parse_time(value: str, time_of_day: time = time.min) -> datetime:
     """A time, or a date at this time of the day. UTC where no zone is given."""
     try:
-        return datetime.combine(date.fromisoformat(value), time_of_day, UTC)
-    except ValueError:
-        pass  # it is not a date alone
-    try:
+        if len(value) <= 10:
+            return datetime.combine(date.fromisoformat(value), time_of_day, UTC)
         parsed = datetime.fromisoformat(value)
         return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -1495,10 +1495,7 @@ class PostQuery(PageQuery):
 
 
 POST_BY_ID = select(Post).where(Post.id == sa.bindparam("post_id"))
-ALL_POSTS = select(func.count()).select_from(Post).scalar_subquery()
-DRAFTS = select(func.count()).where(~col(Post.is_published)).scalar_subquery()
-COUNT_PUBLISHED = select(ALL_POSTS - DRAFTS)  # faster than to count the published ones
-# By its index the planner would sort all posts of a year by title to show the first twenty.
+# coalesce() hides the column from its index: else the planner sorts all posts of a year by title.
 CREATED_AT_WITHOUT_INDEX = func.coalesce(Post.created_at, Post.created_at)
 
 
@@ -1539,7 +1536,7 @@ OwnPost = Annotated[Post, Depends(get_own_post)]
 
 
 async def announce_post(kind: EventKind, post: Post, subject: SQLModel | None = None) -> None:
-    """What happens to drafts is no news."""
+    """Events are announced for published posts only."""
     if post.is_published:
         await announce(kind, subject or PostRead.model_validate(post))
 
@@ -1567,16 +1564,13 @@ async def list_posts(
     """Published posts, newest first. `before` reads on from a post, fast however many there are."""
     sort = query.sort or "-id"
     column = getattr(Post, sort.removeprefix("-"))
-    is_by_time = column is Post.created_at
-    statement = filter_posts(query, Post.created_at if is_by_time else CREATED_AT_WITHOUT_INDEX)
+    statement = filter_posts(query, CREATED_AT_WITHOUT_INDEX)
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
         return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
     order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
-    count = COUNT_PUBLISHED
-    if query.author or query.min_date or query.max_date:
-        count = filter_posts(query, Post.created_at).with_only_columns(func.count())
+    count = filter_posts(query, Post.created_at).with_only_columns(func.count())
     return await paginate(session, statement, order, query, PostRead, count)
 
 
@@ -1589,8 +1583,7 @@ async def create_post(
     session.add(post)
     await session.commit()
     created = PostRead.model_validate(post, update={"author": me})
-    if post.is_published:
-        await announce("post.published", created)
+    await announce_post("post.published", post, created)
     response.headers["Location"] = request.url_for("get_post", post_id=post.id).path
     return created
 
@@ -1648,16 +1641,11 @@ async def list_own_posts(
 
 
 # --- Comments -------------------------------------------------------------------------------------
-# The smallest example of it all: a table, its schemas, three routes. Who does not see a post sees
-# none of its comments.
+# The smallest example of it all: a table, its schemas, three routes. Comments are visible to those
+# who can see the post.
 
-CommentText = Annotated[
-    str,
-    Field(min_length=1, max_length=500),
-    StringConstraints(strip_whitespace=True),
-    NO_NUL,
-    Examples(["Mine too."]),
-]
+Trimmed = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")
+CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed, Examples(["Me too."])]
 
 
 class CommentCreate(StrictBody):
@@ -1718,8 +1706,7 @@ async def delete_comment(comment_id: Id, me: CurrentUser, session: WriteSession)
         raise APIError("INSUFFICIENT_PERMISSIONS", "This comment is somebody else's")
     await session.delete(comment)
     await session.commit()
-    subject = CommentDeleted(id=comment_id, post_id=post.id)
-    await announce_post("comment.deleted", post, subject)
+    await announce_post("comment.deleted", post, CommentDeleted(id=comment_id, post_id=post.id))
 
 
 app.include_router(comments)
@@ -1730,10 +1717,10 @@ app.include_router(comments)
 # `me`. Nobody changes their own role: so an admin always remains.
 
 
-def require_role(role: Role) -> Callable[[UserRead], UserRead]:
+def require_role(role: Role) -> Callable[[UserRead], Awaitable[UserRead]]:
     """Makes a dependency: `Depends(require_role("admin"))`."""
 
-    def check_role(me: CurrentUser) -> UserRead:
+    async def check_role(me: CurrentUser) -> UserRead:
         if me.role != role:
             raise APIError("INSUFFICIENT_PERMISSIONS", f"Only for the role {role}")
         return me
@@ -1788,8 +1775,8 @@ async def check_still_superuser(session: AsyncSession, me: UserRead) -> None:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
 
 
-async def find_user(session: AsyncSession, user_id: int) -> User:
-    user = await session.get(User, user_id)
+async def find_user(session: AsyncSession, user_id: int, lock: bool = False) -> User:
+    user = await session.get(User, user_id, with_for_update=lock or None)
     if user is None:
         raise APIError("NOT_FOUND", "User not found")
     return user
@@ -1798,7 +1785,7 @@ async def find_user(session: AsyncSession, user_id: int) -> User:
 async def check_current_password(
     me: UserRead, password: str, request: Request, session: AsyncSession
 ) -> str:
-    """Counts by email as a login does, since it is one more way to guess. Returns what fits."""
+    """Counts by email as a login does, since it is one more way to guess. Returns the hash."""
     await limit_email(me.email, request)
     row = await session.get(User, me.id)
     await session.close()
@@ -1833,10 +1820,8 @@ async def list_users(
         if not me.is_superuser:
             raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins filter by is_active")
         statement = statement.where(User.is_active == query.is_active)
-    order = (col(User.id),)
-    if me.is_superuser:
-        return await paginate(session, statement, order, query, UserRead)
-    return await paginate(session, statement, order, query, UserPublic)
+    model: type[UserPublic] = UserRead if me.is_superuser else UserPublic
+    return await paginate(session, statement, (col(User.id),), query, model)
 
 
 @users.post("", status_code=201, responses=errors(403, 409))
@@ -1881,7 +1866,7 @@ async def update_user(
         changes["hashed_password"] = await hash_password(body.password)
     if user_id != me.id:
         await check_still_superuser(session, me)
-    user = await find_user(session, user_id)
+    user = await find_user(session, user_id, lock=True)
     if checked not in (None, user.hashed_password):
         raise APIError("CONFLICT", "Your password has changed in the meantime")
     user.sqlmodel_update(changes)
@@ -1901,8 +1886,8 @@ async def delete_user(user_id: UserId, me: Superuser, session: WriteSession) -> 
     await check_still_superuser(session, me)
     user = await find_user(session, user_id)
     statement = sa.delete(Post).where(col(Post.author_id) == user_id)
-    posts = await session.exec(statement.returning(col(Post.id), col(Post.is_published)))
-    deleted = [post.id for post in posts if post.is_published]
+    rows = await session.exec(statement.returning(col(Post.id), col(Post.is_published)))
+    deleted = [row.id for row in rows if row.is_published]
     await session.delete(user)
     await session.commit()
     for post_id in deleted:
@@ -1919,7 +1904,7 @@ async def make_first_superuser() -> AsyncIterator[None]:
         async with prepare_database() as session:
             user = (await session.exec(select(User).where(User.email == email))).first()
             if user is None or not user.is_superuser:
-                user = user or User(email=email, hashed_password="")
+                user = user or User(email=email, hashed_password=hashed_password)
                 user.hashed_password = hashed_password
                 user.role = "admin"
                 user.is_active = True
@@ -1941,7 +1926,9 @@ class VerifyQuery(BaseModel):
 
     model_config = {"extra": "forbid"}
 
-    role: list[Role] = Field(default=["user"], max_length=1)  # a list, or the last one would win
+    role: list[Role] = Field(
+        default=["user"], max_length=1
+    )  # a list, or the last of several would win
 
 
 @app.get(
@@ -1969,8 +1956,6 @@ path_limits[f"{API}/auth/verify"] = None
 # --- Cache ----------------------------------------------------------------------------------------
 # What anybody may read comes from memory, ready as it was sent before, until the next commit.
 
-
-POSTS_PATH = f"{API}/posts"  # of comments, too
 answers = Memory()
 
 
@@ -1993,6 +1978,10 @@ async def collect_answer(app: ASGIApp, scope: Scope, receive: Receive) -> Answer
     return Answer(messages[0]["status"], messages[0]["headers"], body, etag)
 
 
+def is_cached(path: str) -> bool:
+    return path == f"{API}/posts" or path.startswith(f"{API}/posts/")
+
+
 class CacheMiddleware:
     """In front of FastAPI, for GETs of posts and comments without a token."""
 
@@ -2000,12 +1989,11 @@ class CacheMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("method") != "GET" or not scope["state"]["path"].startswith(POSTS_PATH):
+        if scope.get("method") != "GET" or not is_cached(scope["state"]["path"]):
             return await self.app(scope, receive, send)
         request_headers = scope["state"]["request_headers"]
         headers = scope["state"]["response_headers"]
-        has_origin = b"origin" in request_headers  # then CORS names it
-        headers[b"vary"] = b"Authorization" if has_origin else b"Origin, Authorization"
+        headers[b"vary"] = b"Origin, Authorization"
         if b"authorization" in request_headers:
             return await self.app(scope, receive, send)
         key = (scope["path"], scope["query_string"], scope.get("root_path"))
@@ -2047,17 +2035,17 @@ class Event(NamedTuple):
     data: str  # JSON
 
 
-hubs: list["EventHub"] = []
-
-
 class EventHub:
     def __init__(self) -> None:
         self.bus: Callable[[Event], Awaitable[None]] = self.add
         self.reset()
-        hubs.append(self)
+        at_start(self.start)
+
+    async def start(self) -> AsyncIterator[None]:
+        self.reset()
+        yield
 
     def reset(self) -> None:
-        """A new log for a new start."""
         self.run = secrets.token_hex(4)
         self.published = 0
         self.log: deque[Event] = deque(maxlen=MAX_BEHIND)
@@ -2084,25 +2072,16 @@ class EventHub:
     async def subscribe(self, position: int, post_id: int | None = None) -> AsyncIterator[Event]:
         """What comes after this position. Where the log no longer has it: `reset`."""
         while True:
-            changed = self.changed
-            while position < self.position:
-                if self.position - position > len(self.log) or position < 0:
-                    position = self.position
-                    yield Event(f"{self.run}-{self.published}", "reset", 0, "{}")
-                    break
+            if position >= self.position:
+                await self.changed.wait()
+            elif position < 0 or self.position - position > len(self.log):
+                position = self.position
+                yield Event(f"{self.run}-{self.published}", "reset", 0, "{}")
+            else:
                 event = self.log[position - self.position]
                 position += 1
                 if post_id in (None, event.post_id):
                     yield event
-            else:
-                await changed.wait()
-
-
-@at_start
-async def reset_hubs() -> AsyncIterator[None]:
-    for hub in hubs:
-        hub.reset()
-    yield
 
 
 events = EventHub()
@@ -2169,48 +2148,45 @@ class ChatMessage(StrictBody):
     text: CommentText
 
 
-class Room:
-    """One socket in the room of a post. An error in any of its tasks ends it."""
-
-    def __init__(self, websocket: WebSocket, post_id: int, me: UserRead) -> None:
-        self.websocket = websocket
-        self.post_id = post_id
-        self.me = me
-
-    async def receive(self) -> None:
-        author = Author.model_validate(self.me).model_dump()
-        while True:
-            try:
-                message = ChatMessage.model_validate_json(await self.websocket.receive_text())
-            except (KeyError, ValidationError):  # KeyError: the frame is binary
-                raise APIError("BAD_REQUEST", "Not a message") from None
-            await limiter.check(CHAT_LIMIT, str(self.me.id), self.websocket.scope["state"])
-            data = {"type": "message", "from": author, "text": message.text}
-            await chat.publish("message", self.post_id, json.dumps(data))
-
-    async def forward_events(self, position: int) -> None:
-        async for event in events.subscribe(position, self.post_id):
-            data = f'{{"type":"{event.kind}","id":"{event.id}","data":{event.data}}}'
-            await self.websocket.send_text(data)
-            if event.kind == "post.deleted":
-                raise APIError("NOT_FOUND", "Post not found")
-
-    async def forward_chat(self, position: int) -> None:
-        async for event in chat.subscribe(position, self.post_id):
-            if event.kind == "reset":
-                raise APIError("UNAVAILABLE", "This client is too slow")
-            await self.websocket.send_text(event.data)
-
-    async def check(self, token: str | None, session: AsyncSession) -> None:
-        """Is the token still good, and the post still visible?"""
-        while True:
-            await asyncio.sleep(CHECK_SECONDS)
-            me = await get_optional_user(self.websocket, token, session)
-            await find_post(session, self.post_id, me)
-            await session.close()
+async def receive_messages(websocket: WebSocket, post_id: int, me: UserRead) -> None:
+    author = Author.model_validate(me).model_dump()
+    while True:
+        try:
+            message = ChatMessage.model_validate_json(await websocket.receive_text())
+        except (KeyError, ValidationError):  # KeyError: the frame is binary
+            raise APIError("BAD_REQUEST", "Not a message") from None
+        await limiter.check(CHAT_LIMIT, str(me.id), websocket.scope["state"])
+        data = {"type": "message", "from": author, "text": message.text}
+        await chat.publish("message", post_id, json.dumps(data))
 
 
-def check_origin(websocket: WebSocket) -> None:
+async def send_events(websocket: WebSocket, post_id: int, position: int) -> None:
+    async for event in events.subscribe(position, post_id):
+        data = f'{{"type":"{event.kind}","id":"{event.id}","data":{event.data}}}'
+        await websocket.send_text(data)
+        if event.kind == "post.deleted":
+            raise APIError("NOT_FOUND", "Post not found")
+
+
+async def send_messages(websocket: WebSocket, post_id: int, position: int) -> None:
+    async for event in chat.subscribe(position, post_id):
+        if event.kind == "reset":
+            raise APIError("UNAVAILABLE", "This client is too slow")
+        await websocket.send_text(event.data)
+
+
+async def check_access(
+    websocket: WebSocket, post_id: int, token: str | None, session: AsyncSession
+) -> None:
+    """Is the token still good, and the post still visible?"""
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        me = await get_optional_user(websocket, token, session)
+        await find_post(session, post_id, me)
+        await session.close()
+
+
+async def check_origin(websocket: WebSocket) -> None:
     """A page of another site must not open a socket from the browser of a user."""
     origin = websocket.headers.get("origin")
     host = websocket.headers.get("host")
@@ -2229,17 +2205,16 @@ async def join_room(
     session: ReadSession,
 ) -> None:
     await session.close()  # the socket may stay open for days
-    room = Room(websocket, post.id, me)
     event_position = events.position
     chat_position = chat.position
     is_browser = "bearer" in websocket.scope["subprotocols"]
     await websocket.accept("bearer" if is_browser else None)
     try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(room.receive())
-            tasks.create_task(room.forward_events(event_position))
-            tasks.create_task(room.forward_chat(chat_position))
-            tasks.create_task(room.check(token, session))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive_messages, websocket, post.id, me)
+            tasks.start_soon(send_events, websocket, post.id, event_position)
+            tasks.start_soon(send_messages, websocket, post.id, chat_position)
+            tasks.start_soon(check_access, websocket, post.id, token, session)
     except* WebSocketDisconnect:
         pass  # the client has gone
     except* (APIError, exc.SQLAlchemyError) as group:
@@ -2303,7 +2278,7 @@ def send_mail(to: str, subject: str, body: str) -> None:
 
 
 async def mail_what_happened(kind: EventKind, subject: Any) -> None:
-    """Nothing that a stranger chose goes into a welcome mail: it would reach whom they like."""
+    """A welcome mail repeats nothing from the form: it could send spam to any address."""
     if kind in ("user.registered", "user.invited"):
         body = f"Welcome!\n\nThere is an account with this email at {settings.public_url}\n"
         send_mail(subject.email, "Welcome", body)
@@ -2347,8 +2322,7 @@ Ann: Not done yet: The story of the walnut that fell up.
 """
 
 
-async def add_demo_people(session: AsyncSession) -> dict[str, int]:
-    hashed_password = await hash_password(DEMO_PASSWORD)
+async def add_demo_people(session: AsyncSession, hashed_password: str) -> dict[str, int]:
     people = {}
     for name, role in DEMO_ROLES.items():
         fields = {"email": f"{name.lower()}@example.com", "first_name": name, "role": role}
@@ -2375,18 +2349,20 @@ async def add_demo_posts(session: AsyncSession, ids: dict[str, int]) -> None:
 
 
 async def own_demo_files() -> AsyncIterator[None]:
-    suffixes = ("", "-wal", "-shm", ".key")
-    files = [Path(f"{settings.sqlite_file}{suffix}") for suffix in suffixes]
+    files = [Path(f"{settings.sqlite_file}{suffix}") for suffix in ("", "-wal", "-shm", ".key")]
     for file in files:
         file.unlink(missing_ok=True)
-    yield
-    for file in files:
-        file.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 async def fill_demo() -> AsyncIterator[None]:
+    hashed_password = await hash_password(DEMO_PASSWORD)
     async with prepare_database() as session:
-        await add_demo_posts(session, await add_demo_people(session))
+        await add_demo_posts(session, await add_demo_people(session, hashed_password))
     yield
 
 
@@ -2596,7 +2572,9 @@ async def print_start_lines() -> AsyncIterator[None]:
     url = sa.make_url(settings.database_url)
     file = settings.sqlite_file
     data = file.absolute() if file else f"{url.host}, database {url.database}"
-    statement = select(User.email).where(User.role == "admin", User.is_active).order_by("id")
+    statement = (
+        select(User.email).where(User.role == "admin", User.is_active).order_by(col(User.id))
+    )
     async with AsyncSession(read_engine) as session:
         admins = ", ".join(await session.exec(statement.limit(3)))
     how = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"

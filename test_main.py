@@ -533,7 +533,7 @@ def test_the_database_is_opened_for_durability_and_for_its_owner_alone(client):
     names = ("busy_timeout", "journal_mode", "synchronous", "query_only", "foreign_keys")
     calls = [f"/own/{role}?sql=PRAGMA {name}" for role in ("reader", "writer") for name in names]
     values = [client.get(call).json() for call in calls]
-    assert values == [5000, "wal", 2, 1, 0, 5000, "wal", 2, 0, 1]
+    assert values == [5000, "wal", 2, 1, 1, 5000, "wal", 2, 0, 1]
     modes = {file.name: file.stat().st_mode & 0o777 for file in Path(FOLDER.name).iterdir()}
     assert modes.keys() == {"test.db", "test.db-wal", "test.db-shm", "test.db.key"}
     assert os.name == "nt" or set(modes.values()) == {0o600}
@@ -1539,11 +1539,11 @@ def test_an_answer_begun_before_a_commit_is_not_kept(client, ann, monkeypatch):
 def test_who_is_asking_is_remembered_until_a_commit(client, monkeypatch):
     dora = sign_up(client)
     with monkeypatch.context() as patch:
-        patch.setattr(main, "find_user_of_token", None)  # is not called
+        patch.setattr(main, "find_login", None)  # is not called
         write_post(dora)
         assert dora.api.get("/users/me").json()["full_name"] == f"user {dora.id}"
     dora.api.patch("/users/me", json={"first_name": "Dora"})
-    begun, may_return = hold_result(monkeypatch, "find_user_of_token")
+    begun, may_return = hold_result(monkeypatch, "find_login")
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(dora.api.get, "/users/me")
         assert begun.wait(5)

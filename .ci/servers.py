@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from itertools import count
@@ -53,6 +54,7 @@ class Service(NamedTuple):
     process: subprocess.Popen
     client: httpx.Client  # somebody without an account
     folder: Path
+    seconds: float  # that the start took
 
     def log(self):
         return (self.folder / "log").read_text()
@@ -96,10 +98,10 @@ def serve(folder, *command, prefix="", **settings):
         run(*(command or MAIN), cwd=folder, env=env, stdout=log, stderr=log) as process,
         httpx.Client(base_url=f"{url}/api/v1", timeout=30, limits=limits) as client,
     ):
-        service = Service(url, port, process, client, folder)
+        started = time.monotonic()
         wait_until(lambda: process.poll() is not None or is_healthy(url), 30)
-        assert process.poll() is None, service.log()
-        yield service
+        assert process.poll() is None, (folder / "log").read_text()
+        yield Service(url, port, process, client, folder, time.monotonic() - started)
 
 
 class Postgres:

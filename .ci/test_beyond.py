@@ -212,11 +212,10 @@ def test_kill_9_loses_nothing_that_was_answered(tmp_path):
     acknowledged = set()
     for turn in range(100 if FULL else 3):
         with serve(tmp_path) as service:
+            usual = service.seconds
             acknowledged |= write_until_killed(service, turn)
-        usual = patience()
-        started = time.monotonic()
         with serve(tmp_path) as service:
-            assert time.monotonic() - started < 2 * max(usual, patience())
+            assert service.seconds < max(2, 2 * usual)  # at once, also on a busy machine
             assert service.sql("PRAGMA integrity_check") == [("ok",)]
             assert {title for (title,) in service.sql("SELECT title FROM post")} >= acknowledged
 
@@ -546,14 +545,14 @@ def test_what_one_window_writes_another_sees_at_once_and_it_stays_text(open_wind
     mine.press("Send")
     theirs.see("Events: comment.created", f"{evil} {evil}")
     assert "Your comment" not in theirs.text()
-    mine.press("Sign out")
-    mine.see("Sign up", f"{evil} {evil}")
     for window in (mine, theirs):
         assert window.do("document.querySelectorAll('main img, main script').length") == 0
         assert window.complaints() == []
         sent = window.events("Network.requestWillBeSent")
         urls = [event["request"]["url"] for event in sent]
         assert [url for url in urls if not url.startswith((demo.url, "data:"))] == []
+    mine.press("Sign out")
+    mine.see("Sign up", f"{evil} {evil}")
 
 
 def test_the_page_shows_its_last_call_as_a_command_and_hides_secrets(open_window, demo):
