@@ -517,16 +517,17 @@ def on_execute(state: Any) -> None:
 
 @sa.event.listens_for(Session, "before_commit")
 def on_commit(session: Session) -> None:
-    session.info.setdefault("written", {ANY_TABLE})
+    session.info["is_committing"] = True
 
 
 @sa.event.listens_for(Session, "after_transaction_end")
 def on_transaction_end(session: Session, transaction: Any) -> None:
     """Also after a COMMIT that raised or was cancelled: it may have been done nevertheless."""
-    written = session.info.pop("written", set()) if transaction.parent is None else set()
-    for memory in memories:
-        if not written <= memory.independent_of:
-            memory.generation.renew()
+    if transaction.parent is None and session.info.pop("is_committing", False):
+        written = session.info.pop("written", {ANY_TABLE})
+        for memory in memories:
+            if not written <= memory.independent_of:
+                memory.generation.renew()
 
 
 async def get_read_session() -> AsyncIterator[AsyncSession]:
