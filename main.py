@@ -45,7 +45,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
 from functools import cache, lru_cache, partial
@@ -124,7 +124,7 @@ def check_password(value: str) -> str:
 def check_database_url(value: str) -> str:
     if ":memory:" in value or "mode=memory" in value:
         raise ValueError("must name a file: each connection would have a :memory: of its own")
-    if not re.match(r"sqlite\+aiosqlite:///[^?]|postgresql\+asyncpg://.", value):
+    if not re.fullmatch(r"sqlite\+aiosqlite:///[^?]*[^?/.]|postgresql\+asyncpg://.+", value):
         raise ValueError("must be sqlite+aiosqlite:///FILE or postgresql+asyncpg://…")
     if value.startswith("postgresql") and find_spec("asyncpg") is None:
         raise ValueError("needs a package: pip install asyncpg==0.32.0")
@@ -767,14 +767,13 @@ class RequestMiddleware:
         state = add_state(scope)
 
         async def send_with_headers(message: Message) -> None:
-            if message["type"].endswith("http.response.start"):
-                state["status"] = message["status"]
+            if message["type"].endswith(("http.response.start", "websocket.accept")):
+                state["status"] = message.get("status", 101)
                 ours = state["response_headers"]
                 ours[b"x-process-time"] = b"%.4f" % (perf_counter() - started)
-                others = [pair for pair in message["headers"] if pair[0].lower() not in ours]
+                headers = message.get("headers", [])
+                others = [pair for pair in headers if pair[0].lower() not in ours]
                 message["headers"] = [*others, *ours.items()]
-            elif message["type"] == "websocket.accept":
-                state["status"] = 101
             elif message["type"] == "websocket.close":
                 state["status"] = state["status"] or 403  # how it is answered before an accept
             await send(message)
@@ -835,7 +834,9 @@ async def is_database_up() -> bool:
 @app.get("/health", tags=["health"])
 async def get_health() -> dict[str, str]:
     """Does the database answer within a second?"""
-    ping = asyncio.create_task(is_database_up())
+    ping = getattr(app.state, "ping", None)
+    if ping is None or ping.done():  # requests at the same time share one
+        ping = app.state.ping = asyncio.create_task(is_database_up())
     await asyncio.wait([ping], timeout=1)  # one that hangs cannot be cancelled: it is left behind
     if not ping.done() or not ping.result():
         raise APIError("UNAVAILABLE", "The database does not answer")
@@ -1246,8 +1247,10 @@ async def authenticate(
     await read_session.close()  # hashing takes a while: others need the connection
     hashed_password = found.hashed_password if found else DECOY_HASH
     is_correct = await verify_password(password, hashed_password)
-    user = await session.get(User, found.id, with_for_update=True) if found else None
-    if not user or not is_correct or user.hashed_password != hashed_password or not user.is_active:
+    user = None
+    if found and found.is_active and is_correct:  # look again: hashing has taken a while
+        user = await session.get(User, found.id, with_for_update=True)
+    if user is None or user.hashed_password != hashed_password or not user.is_active:
         logger.info("failed to sign in: email %s", digest)
         raise APIError("INVALID_CREDENTIALS", "Wrong email or password")
     return user
@@ -1544,14 +1547,14 @@ async def announce_post(kind: EventKind, post: Post, subject: SQLModel | None = 
 
 def filter_posts(query: PostQuery, created_at: Any) -> Any:
     statement = select(Post).where(Post.is_published)
-    if query.author:
-        names = [col(User.first_name), col(User.last_name)]
-        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
-        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
     if query.min_date:
         statement = statement.where(created_at >= query.min_date)
     if query.max_date:
         statement = statement.where(created_at <= query.max_date)
+    if query.author:  # last, since it takes the longest to look at
+        names = [col(User.first_name), col(User.last_name)]
+        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
+        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
     return statement
 
 
@@ -1990,7 +1993,8 @@ class CacheMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("method") != "GET" or not is_cached(scope["state"]["path"]):
+        is_get = scope.get("method") == "GET" and is_cached(scope["state"]["path"])
+        if not is_get or app.dependency_overrides:  # an override may know the user otherwise
             return await self.app(scope, receive, send)
         request_headers = scope["state"]["request_headers"]
         headers = scope["state"]["response_headers"]
@@ -2220,7 +2224,8 @@ async def join_room(
         pass  # the client has gone
     except* (APIError, exc.SQLAlchemyError) as group:
         code = getattr(group.exceptions[0], "code", "")
-        await websocket.close(CLOSE_CODES.get(code, 1013))
+        with suppress(WebSocketDisconnect):  # the client has gone in the meantime
+            await websocket.close(CLOSE_CODES.get(code, 1013))
 
 
 # --- Mail -----------------------------------------------------------------------------------------
