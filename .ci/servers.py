@@ -259,8 +259,9 @@ def run_chromium(folder):
     try:
         port, path = wait_until(lambda: told.exists() and told.read_text().split()[:2], 30)
         with ExitStack() as stack:
-            sockets = (connect(f"ws://127.0.0.1:{port}{path}", max_size=None) for _ in count())
+            options = {"max_size": None, "max_queue": None, "close_timeout": 1}
+            sockets = (connect(f"ws://127.0.0.1:{port}{path}", **options) for _ in count())
             yield lambda url: Window(stack.enter_context(next(sockets)), url)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # it ends its own processes first
+        process.wait(20)
