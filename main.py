@@ -429,10 +429,8 @@ if settings.sqlite_file:
     # AUTOCOMMIT: there is no transaction but the one that on_begin begins.
     options |= {"max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
     write_engine = create_async_engine(settings.database_url, pool_size=1, **options)
-    options |= {
-        "pool_reset_on_return": None,
-        "skip_autocommit_rollback": True,
-    }  # nothing to roll back
+    # A reader has nothing to roll back.
+    options |= {"pool_reset_on_return": None, "skip_autocommit_rollback": True}
     read_engine = create_async_engine(settings.database_url, pool_size=2, **options)
     health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
     for engine in (write_engine, read_engine, health_engine):
@@ -446,8 +444,8 @@ else:
     write_engine = create_async_engine(settings.database_url, **options)
     read_engine = write_engine.execution_options(postgresql_readonly=True)
     health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
-    sa.event.listen(write_engine.sync_engine, "do_connect", on_connect_postgres)
-    sa.event.listen(health_engine.sync_engine, "do_connect", on_connect_postgres)
+    for engine in (write_engine, health_engine):
+        sa.event.listen(engine.sync_engine, "do_connect", on_connect_postgres)
 
 
 class Generation:
@@ -589,6 +587,7 @@ async def open_database() -> AsyncIterator[None]:
 
 Id = Annotated[int, Field(ge=1, le=2**31 - 1)]
 OneLine = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+Trimmed = StringConstraints(strip_whitespace=True, pattern=NO_NUL.pattern)
 NotBlank = StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
 
 
@@ -651,7 +650,7 @@ async def announce(kind: EventKind, subject: SQLModel) -> None:
         await listener(kind, subject)
 
 
-at_start(open_database)
+at_start(open_database)  # of the chapter Database, which stands above this decorator
 
 
 @asynccontextmanager
@@ -1013,8 +1012,9 @@ def get_signing_key() -> Any:
 
 @at_start
 async def load_signing_key() -> AsyncIterator[None]:
-    async with prepare_database():  # of processes that start together the first one makes it
-        get_signing_key()
+    if settings.secret_key is None:
+        async with prepare_database():  # of processes that start together the first one makes it
+            get_signing_key()
     yield
 
 
@@ -1173,9 +1173,8 @@ async def find_login(
     session: AsyncSession, claims: TokenClaims, statement: Any = LOGIN_OF_TOKEN
 ) -> tuple[User, LoginSession]:
     """The active user of a token, and its login session."""
-    found = (
-        await session.exec(statement, params=claims.model_dump(include={"sid", "sub"}))
-    ).first()
+    ids = claims.model_dump(include={"sid", "sub"})
+    found = (await session.exec(statement, params=ids)).first()
     if found is None:
         raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked")
     return found.User, found.LoginSession
@@ -1653,7 +1652,6 @@ async def list_own_posts(
 # The smallest example of it all: a table, its schemas, three routes. Comments are visible to those
 # who can see the post.
 
-Trimmed = StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")
 CommentText = Annotated[str, Field(min_length=1, max_length=500), Trimmed, Examples(["Me too."])]
 
 
@@ -1935,9 +1933,8 @@ class VerifyQuery(BaseModel):
 
     model_config = {"extra": "forbid"}
 
-    role: list[Role] = Field(
-        default=["user"], max_length=1
-    )  # a list, or the last of several would win
+    # A list, since of several values a plain field would take the last.
+    role: list[Role] = Field(default=["user"], max_length=1)
 
 
 @app.get(

@@ -22,18 +22,12 @@ import httpx
 from websockets.sync.client import connect
 
 import test_main
-from test_main import PASSWORD, SETTINGS, is_healthy, wait_until
+from test_main import PASSWORD, SETTINGS, free_port, is_healthy, wait_until
 
 ROOT = Path(test_main.__file__).parent
 MAIN = [sys.executable, str(ROOT / "main.py")]
 UVICORN = [sys.executable, "-m", "uvicorn"]
 KEY = "a key of at least 32 bytes for tests"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_listening(port):

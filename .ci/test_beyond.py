@@ -36,12 +36,12 @@ pytest.register_assert_rewrite("test_main", "servers")
 import main
 import test_main
 from test_main import PASSWORD, as_person, assert_error, at_once, enter_room, is_healthy, listen
-from test_main import sign_up, wait_until, write_comment, write_post
-from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, environment, free_port, is_listening
+from test_main import free_port, sign_up, wait_until, write_comment, write_post
+from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, environment, is_listening
 from servers import megabytes, run_caddy, run_chromium, run_nginx, serve
 
 FULL = os.environ.get("FULL") == "1"
-README = next(f for f in (ROOT / "README.md", ROOT.parent / "README.md") if f.exists()).read_text()
+README = (ROOT / "README.md").read_text()
 ADMIN = {"FIRST_SUPERUSER_EMAIL": "admin@example.com", "FIRST_SUPERUSER_PASSWORD": PASSWORD}
 POST = {"title": "Bees", "content": "They hum.", "is_published": True}
 STOPPED = (0, -signal.SIGTERM)  # uvicorn ends by the signal that has stopped it
