@@ -460,7 +460,7 @@ class Generation:
     async def get(self) -> str | None:
         return self.value if self.is_known else None
 
-    def renew(self) -> None:
+    async def renew(self) -> None:
         self.value = secrets.token_hex(8)
 
 
@@ -501,31 +501,38 @@ class Memory:
 
 
 @sa.event.listens_for(Session, "after_flush")
-def on_flush(session: Session, _: Any) -> None:
-    """Notes the tables that were written to."""
-    for row in (*session.new, *session.dirty, *session.deleted):
-        session.info.setdefault("written", set()).add(row.__tablename__)
+def note_rows(session: Session, _: Any) -> None:
+    """Notes which tables are written to."""
+    rows = (*session.new, *session.dirty, *session.deleted)
+    session.info.setdefault("written", set()).update(row.__tablename__ for row in rows)
 
 
 @sa.event.listens_for(Session, "do_orm_execute")
-def on_execute(state: Any) -> None:
+def note_statement(state: Any) -> None:
     if not state.is_select:
         state.session.info.setdefault("written", set()).add(ANY_TABLE)
 
 
-@sa.event.listens_for(Session, "before_commit")
-def on_commit(session: Session) -> None:
-    session.info["is_committing"] = True
+async def forget(tables: set[str]) -> None:
+    for memory in memories:
+        if not tables <= memory.independent_of:
+            await memory.generation.renew()
 
 
-@sa.event.listens_for(Session, "after_transaction_end")
-def on_transaction_end(session: Session, transaction: Any) -> None:
-    """Also after a COMMIT that raised or was cancelled: it may have been done nevertheless."""
-    if transaction.parent is None and session.info.pop("is_committing", False):
-        written = session.info.pop("written", {ANY_TABLE})
-        for memory in memories:
-            if not written <= memory.independent_of:
-                memory.generation.renew()
+class WritingSession(AsyncSession):
+    """Its commit makes what was remembered unknown."""
+
+    async def commit(self) -> None:
+        try:
+            await super().commit()
+        finally:  # a COMMIT that was cut off may have been done nevertheless
+            await forget(self.info.pop("written", {ANY_TABLE}))
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:  # what was written without commit(), as in `async with session.begin():`
+            await forget(self.info.pop("written", set()))
 
 
 async def get_read_session() -> AsyncIterator[AsyncSession]:
@@ -539,7 +546,7 @@ async def get_read_session() -> AsyncIterator[AsyncSession]:
 
 async def get_write_session() -> AsyncIterator[AsyncSession]:
     """Waits for the writer at its first statement. What was not committed is undone."""
-    async with AsyncSession(write_engine, expire_on_commit=False) as session:
+    async with WritingSession(write_engine, expire_on_commit=False) as session:
         yield session
 
 
@@ -552,7 +559,7 @@ WriteSession = Annotated[AsyncSession, Depends(get_write_session, scope="functio
 async def prepare_database() -> AsyncIterator[AsyncSession]:
     """A session for the start. Processes enter one after the other: the first makes what is
     missing."""
-    async with AsyncSession(write_engine, expire_on_commit=False) as session:
+    async with WritingSession(write_engine, expire_on_commit=False) as session:
         await session.exec(START_LOCK)
         yield session
         await session.commit()
@@ -2044,7 +2051,7 @@ class Event(NamedTuple):
 
 class EventHub:
     def __init__(self) -> None:
-        self.bus: Callable[[Event], Awaitable[None]] = self.add
+        self.bus: Callable[[str, int, str], Awaitable[None]] = self.add
         self.reset()
         at_start(self.start)
 
@@ -2054,27 +2061,25 @@ class EventHub:
 
     def reset(self) -> None:
         self.run = secrets.token_hex(4)
-        self.published = 0
-        self.log: deque[Event] = deque(maxlen=MAX_BEHIND)
-        self.position = 0  # behind the newest event: so many have ever been in the log
+        self.position = 1  # behind the newest event: so many have ever been in the log
+        self.log = deque([Event(f"{self.run}-0", "reset", 0, "{}")], maxlen=MAX_BEHIND)
         self.changed = asyncio.Event()
 
     async def publish(self, kind: str, post_id: int, data: str) -> None:
-        self.published += 1
-        await self.bus(Event(f"{self.run}-{self.published}", kind, post_id, data))
+        await self.bus(kind, post_id, data)
 
-    async def add(self, event: Event) -> None:
-        self.log.append(event)
+    async def add(self, kind: str, post_id: int, data: str, event_id: str | None = None) -> None:
+        self.log.append(Event(event_id or f"{self.run}-{self.position}", kind, post_id, data))
         self.position += 1
         self.changed.set()  # wakes those who wait now
         self.changed = asyncio.Event()
 
     def position_after(self, event_id: str) -> int:
         """-1 if this id is unknown or too old."""
-        run, _, number = event_id.rpartition("-")
-        is_ours = run == self.run and number.isdecimal() and len(number) < 16
-        missed = self.position - int(number) if is_ours else -1
-        return int(number) if 0 <= missed <= MAX_EVENTS else -1
+        for missed, event in enumerate(reversed(self.log)):
+            if event.id == event_id and missed <= MAX_EVENTS:
+                return self.position - missed
+        return -1
 
     async def subscribe(self, position: int, post_id: int | None = None) -> AsyncIterator[Event]:
         """What comes after this position. Where the log no longer has it: `reset`."""
@@ -2083,7 +2088,7 @@ class EventHub:
                 await self.changed.wait()
             elif position < 0 or self.position - position > len(self.log):
                 position = self.position
-                yield Event(f"{self.run}-{self.published}", "reset", 0, "{}")
+                yield self.log[-1]._replace(kind="reset", data="{}")
             else:
                 event = self.log[position - self.position]
                 position += 1
