@@ -5,7 +5,6 @@ over HTTP, as any client does; constants of main are changed instead of waited f
 """
 
 import asyncio
-import base64
 import json
 import os
 import re
@@ -34,7 +33,7 @@ import sqlalchemy as sa
 import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
-from jose import jwt
+from jose import jws, jwt
 from sqlalchemy import exc
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -60,7 +59,6 @@ os.environ.update(SETTINGS)
 import main  # noqa: E402  main reads its settings when it is imported
 
 # --- Helpers --------------------------------------------------------------------------------------
-# What tests of several sections use.
 
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # httpx would read all certificates each time
 numbers = count(1)
@@ -130,7 +128,6 @@ def url():
 
 @pytest.fixture(scope="session")
 def client(url):
-    """A client that is not signed in."""
     with httpx.Client(base_url=f"{url}/api/v1", timeout=10) as client:
         yield client
 
@@ -152,12 +149,11 @@ def as_person(client, email, password=PASSWORD):
     headers = {"Authorization": f"Bearer {tokens['access_token']}"}
     api = httpx.Client(base_url=client.base_url, headers=headers, timeout=10, verify=NO_TLS)
     open_clients.enter_context(api)
-    user_id = api.get("/users/me").json()["id"]
+    user_id = int(jwt.get_unverified_claims(tokens["access_token"])["sub"])
     return SimpleNamespace(id=user_id, email=email, api=api, tokens=tokens)
 
 
 def sign_up(client, **fields):
-    """Registers a new user, and signs them in."""
     body = {"email": f"person{next(numbers)}@example.com", "password": PASSWORD} | fields
     answer = client.post("/auth/register", json=body)
     assert answer.status_code == 201, answer.text
@@ -194,7 +190,6 @@ def write_comment(author, post_id, text="Mine too."):
 
 
 def assert_error(answer, status, code):
-    """All errors have the same shape."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert body.keys() == {"detail", "error_code", "request_id"}
@@ -243,7 +238,6 @@ def listen(client, headers=None, **params):
 
 
 def enter_room(url, person, post_id, **options):
-    """Opens a WebSocket in the room of a post."""
     address = url.replace("http://", "ws://") + f"/api/v1/ws/posts/{post_id}"
     headers = {"Authorization": person.api.headers["Authorization"]}
     return connect(address, **{"additional_headers": headers} | options)
@@ -298,7 +292,7 @@ def production(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def development(tmp_path_factory):
-    settings = {"HOST": "0.0.0.0", "CORS_ORIGINS": "*", "RATE_LIMIT": "100/hour"}  # noqa: S104  as in a container
+    settings = {"HOST": "0.0.0.0", "CORS_ORIGINS": "*", "RATE_LIMIT": "20/hour"}  # noqa: S104  as in a container
     settings["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"  # where nothing listens
     with run_main(tmp_path_factory.mktemp("development"), **settings) as client:
         yield client
@@ -348,28 +342,22 @@ def test_an_invalid_setting_stops_the_start_and_only_its_name_is_printed(load, c
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("settings", "problem"),
     [
-        ("SECRET_KEY", {"ENVIRONMENT": "production"}),
-        ("SECRET_KEY", {"DATABASE_URL": "postgresql+asyncpg://u:hunter2@h/x"}),
-        ("CORS_ORIGINS", PRODUCTION | {"CORS_ORIGINS": "*"}),
-        ("DEMO", PRODUCTION | {"DEMO": "true"}),
-        ("DEMO", {"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2"}),
+        ({"ENVIRONMENT": "production"}, "SECRET_KEY: "),
+        ({"DATABASE_URL": "postgresql+asyncpg://u:hunter2@h/x"}, "SECRET_KEY: "),
+        (PRODUCTION | {"CORS_ORIGINS": "*"}, "CORS_ORIGINS: "),
+        (PRODUCTION | {"DEMO": "true"}, "DEMO: "),
+        ({"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2"}, "DEMO: "),
+        ({"DATABASE_URL": "postgresql+asyncpg://h/x"}, "DATABASE_URL: .*pip install asyncpg=="),
     ],
 )
-def test_contradicting_settings_stop_the_start(load, monkeypatch, capsys, name, settings):
-    monkeypatch.setattr(main, "find_spec", lambda name: name)  # asyncpg may be missing
+def test_contradicting_settings_stop_the_start(load, monkeypatch, capsys, settings, problem):
+    is_installed = "asyncpg==" not in problem
+    monkeypatch.setattr(main, "find_spec", lambda name: name if is_installed else None)
     with pytest.raises(SystemExit, match="3"):
         load(**settings)
-    assert re.fullmatch(rf"{name}: (?!.*hunter2).+\n", capsys.readouterr().err)
-
-
-def test_a_missing_package_for_postgresql_is_named(load, monkeypatch, capsys):
-    monkeypatch.setattr(main, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        load(DATABASE_URL="postgresql+asyncpg://u:hunter2@localhost/x")
-    expected = r"DATABASE_URL: needs a package: pip install asyncpg==[\d.]+\n"
-    assert re.fullmatch(expected, capsys.readouterr().err)
+    assert re.fullmatch(rf"(?!.*hunter2){problem}.+\n", capsys.readouterr().err)
 
 
 def test_settings_come_from_env_and_secret_files(load, tmp_path, monkeypatch, capsys):
@@ -388,7 +376,6 @@ def test_settings_come_from_env_and_secret_files(load, tmp_path, monkeypatch, ca
 
 
 def find_line(client, answer):
-    """The line in the log that is about this request."""
     pattern = f".*{answer.headers['x-request-id']}.*"
     return wait_until(lambda: re.findall(pattern, client.read_log()))[-1]
 
@@ -418,8 +405,7 @@ def test_a_websocket_logs_one_line_without_its_query(url, admin, caplog):
             pass
     pattern = r"INFO .* WEBSOCKET /[\w/]+ (\d+) "
     wait_until(lambda: sorted(re.findall(pattern, caplog.text)) == ["101", "401", "403"])
-    assert "hunter2" not in caplog.text
-    assert "ERROR" not in caplog.text
+    assert not re.search("hunter2|ERROR", caplog.text)
 
 
 def test_no_secret_is_logged(production):
@@ -441,7 +427,6 @@ def test_no_secret_is_logged(production):
 
 
 # --- Errors ---------------------------------------------------------------------------------------
-# Some of them come from routes of our own, added to the application as README shows.
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 ADMIN = {"email": ADMIN_EMAIL.upper(), "password": PASSWORD}
@@ -518,10 +503,10 @@ def test_a_body_that_is_too_large_is_413(admin, path, limit):
     assert admin.api.post(path, content=b"x" * limit, headers=FORM).status_code in (422, 500)
 
 
-@pytest.mark.parametrize("path", ["raise/bug", "reader?sql=SELECT emial"])
-def test_a_bug_in_a_route_is_500_with_its_traceback_in_the_log_only(client, caplog, path):
-    assert_error(client.get(f"/own/{path}"), 500, "INTERNAL_ERROR")
-    assert ("FileNotFoundError" if path == "raise/bug" else "emial") in caplog.text
+def test_a_bug_in_a_route_is_500_with_its_traceback_in_the_log_only(client, caplog):
+    for path, cause in ("raise/bug", "FileNotFoundError"), ("reader?sql=SELECT emial", "emial"):
+        assert_error(client.get(f"/own/{path}"), 500, "INTERNAL_ERROR")
+        assert cause in caplog.text
     caplog.clear()
     client.get("/own/raise/locked")
     assert "the database is unavailable" in caplog.text
@@ -551,30 +536,23 @@ def test_the_read_session_and_the_current_user_are_read_only(client, ann):
 
 
 @sqlite_only
-def test_a_failed_commit_is_503_and_stores_nothing(ann):
+def test_a_failed_commit_or_a_lock_is_503_and_stores_nothing(client, ann, url):
     failure = (main.write_engine.sync_engine, "commit", lambda _: raise_error("full"))
     sa.event.listen(*failure)
     assert_error(ann.api.post("/posts", json=POST), 503, "UNAVAILABLE")
     sa.event.remove(*failure)
-    assert ann.api.get("/users/me/posts").json()["total"] == 0
-    assert ann.api.post("/posts", json=POST).status_code == 201
-
-
-@sqlite_only
-def test_a_locked_database_is_503_for_writers_and_open_for_readers(client, ann, url):
-    client.get("/own/writer?sql=PRAGMA busy_timeout=50")
+    assert client.get("/own/writer?sql=PRAGMA busy_timeout=50").json() == 50
     with closing(sqlite3.connect(main.settings.sqlite_file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         assert_error(ann.api.post("/posts", json=POST), 503, "UNAVAILABLE")
-        assert ann.api.get("/users/me/posts").json()["total"] == 0
+        assert ann.api.get("/users/me/posts").json()["total"] == 0  # readers need not wait
         assert client.get(f"{url}/health").status_code == 200
     assert client.get("/own/writer?sql=PRAGMA busy_timeout=5000").json() == 5000
     assert ann.api.post("/posts", json=POST).status_code == 201
 
 
-def test_200_concurrent_writers_never_find_the_database_locked(client, ann, caplog):
-    clients = (ann.api, as_person(client, ann.email).api)  # of 100 connections each
-    answers = at_once(200, lambda number: clients[number % 2].post("/posts", json=POST))
+def test_concurrent_writers_never_find_the_database_locked(ann, caplog):
+    answers = at_once(80, lambda _: ann.api.post("/posts", json=POST))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) <= {201, 503}  # 503: not within 5 s, on a machine that has much to do
     assert ann.api.get("/users/me/posts").json()["total"] == statuses.count(201) > 0
@@ -582,21 +560,21 @@ def test_200_concurrent_writers_never_find_the_database_locked(client, ann, capl
 
 
 # --- Schemas --------------------------------------------------------------------------------------
-# Invalid input that no route may accept, tried on every route that the docs show.
 
 BAD_JSON = ["", '{"email":', "[1]", '{"age":NaN}', '{"age":-Infinity,"version":Infinity}']
 BAD_JSON += ['{"age":1e999,"version":1e999}', f'{{"age":{"9" * 5_000}}}', "[" * 100_000]
 BAD_JSON += [r'{"email":"\u0000","title":"\u0000","text":"\u0000","content":"\u0000"}']
 BAD_JSON += [r'{"email":"\ud800","title":"\ud800","text":"\ud800","bio":"\udfff"}']
 BAD_JSON += [r'{"\ud800":1}', b'{"bio":"\xff"}', json.dumps(dict.fromkeys(range(1_500)))]
-PART = '--x\r\nContent-Disposition: form-data; name="username"'
+PART = "--x\r\nContent-Disposition: form-data; name="
+HALF_A_CHARACTER = f'{PART}"username"\r\n\r\na@b.co\r\n{PART}"password"\r\n\r\n\\ud800\r\n--x--'
 BAD_BODIES = [
     *(("application/json", body) for body in BAD_JSON),
     ("application/x-www-form-urlencoded", "username=%00&password=%ff&refresh_token=%ED%A0%80"),
     ("application/x-www-form-urlencoded", "&" * 16_000),
     ("multipart/form-data", "x"),
-    ("multipart/form-data; boundary=x", f'{PART}; filename="f"\r\n\r\na\r\n--x--\r\n'),
-    ("multipart/form-data; boundary=x; charset=unicode_escape", f"{PART}\r\n\r\n\\ud800\r\n--x--"),
+    ("multipart/form-data; boundary=x", f'{PART}"username"; filename="f"\r\n\r\na\r\n--x--\r\n'),
+    ("multipart/form-data; boundary=x; charset=unicode_escape", HALF_A_CHARACTER),
     ("text/plain", '{"email":"a@example.com"}'),
 ]
 BAD_NUMBERS = ["0", "-1", str(2**31), str(2**63), "1.5", ""]
@@ -645,6 +623,41 @@ def test_every_route_refuses_bad_parameters(calls):
                     assert len(value) < 5 or value not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("email", ["Ann <a@b.co>", "a" * 300 + "@b.co", "a", "a@b", "\0@b.co", None]),
+        ("password", ["7777777", "x" * 129, "PassWord", "12345678", "a\0bcdefgh", None]),
+        ("first_name", ["x" * 101, "a\nb", "a\0b", "a\x7fb", "\ud800", 1]),
+        ("age", [0, 150, "36"]),
+        ("bio", ["x" * 2_001]),
+        ("avatar_url", ["ftp://a.b", "//a.b", "http://" + "x" * 494]),
+        ("role", ["root", None]),
+        ("is_active", ["yes", None]),
+        ("title", ["", " ", "x" * 256, "a\nb", "\0", "\ud800", None, 1]),
+        ("content", ["", " \n", "x" * 20_001, "\0", "\ud800", None, 1]),
+        ("is_published", [1]),
+        ("text", ["", " \n", "x" * 501, "\0", "\ud800", None, 1]),
+    ],
+)
+def test_an_invalid_field_is_refused_by_name(ann, admin, field, values):
+    user, post = f"/users/{ann.id}", f"/posts/{write_post(ann)['id']}"
+    before = [ann.api.get(path).json() for path in (user, post)]
+    account = {"email": "new@example.com", "password": PASSWORD}
+    calls = [("POST", "/auth/register", account), ("PATCH", user, account)]
+    if field in ("title", "content", "is_published"):
+        calls = [("POST", "/posts", POST), ("PATCH", post, {}), ("PUT", post, {})]
+    if field == "text":
+        calls = [("POST", f"{post}/comments", {})]
+    for value in values:
+        for method, path, body in calls:
+            content = json.dumps(body | {field: value})
+            answer = admin.api.request(method, path, content=content, headers=JSON)
+            assert_error(answer, 422, "VALIDATION_ERROR")
+            assert [problem["loc"] for problem in answer.json()["detail"]] == [["body", field]]
+    assert [ann.api.get(path).json() for path in (user, post)] == before
+
+
 # --- Application ----------------------------------------------------------------------------------
 
 
@@ -683,8 +696,8 @@ def test_cors_headers_are_sent_to_allowed_origins_only(client, production, devel
 
 def test_health_is_503_when_the_database_does_not_answer(client, url, monkeypatch):
     assert client.get(f"{url}/health").json() == {"status": "healthy"}
-    monkeypatch.setattr(main, "is_database_up", lambda: asyncio.sleep(3))
-    assert_error(client.get(f"{url}/health"), 503, "UNAVAILABLE")
+    with hold(monkeypatch, "is_database_up", client.get, f"{url}/health") as answer:
+        assert_error(answer.result(), 503, "UNAVAILABLE")
 
 
 @pytest.mark.parametrize("name", ["get_read_session", "get_write_session"])
@@ -702,10 +715,14 @@ def test_every_route_uses_an_overridden_session(calls, monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["get_optional_user", "get_current_user"])
 def test_the_current_user_can_be_overridden(client, admin, monkeypatch, name):
+    draft = f"/posts/{write_post(admin, is_published=False)['id']}"
     user = main.UserRead.model_validate(admin.api.get("/users/me").json())
-    monkeypatch.setitem(main.app.dependency_overrides, getattr(main, name), lambda: user)
-    assert client.get("/users").json()["items"][0]["email"] == ADMIN_EMAIL
-    assert client.post("/posts", json=POST).json()["author"]["id"] == admin.id
+    with monkeypatch.context() as patch:
+        patch.setitem(main.app.dependency_overrides, getattr(main, name), lambda: user)
+        assert client.get("/users").json()["items"][0]["email"] == ADMIN_EMAIL
+        assert client.post("/posts", json=POST).json()["author"]["id"] == admin.id
+        assert client.get(draft).is_success == (name == "get_optional_user")
+    assert client.get(draft).status_code == 404  # nothing of it is remembered
 
 
 # --- Docs -----------------------------------------------------------------------------------------
@@ -736,26 +753,25 @@ def get_as(client, *addresses):
     return [client.get("/posts", headers=header).status_code for header in headers]
 
 
-def test_rate_limit_headers_count_down_to_429(client, monkeypatch):
-    set_limits(monkeypatch, "4/minute")
-    for left, path in ((3, "/posts"), (2, "/posts"), (1, "/nowhere"), (0, "/users/me")):
-        headers = client.get(path).headers
-        assert headers["ratelimit-policy"] == '"default";q=4;w=60'
-        assert headers["ratelimit"] == f'"default";r={left};t=60'
-    refused = client.get("/posts", headers=ORIGIN)
+@pytest.mark.parametrize(
+    ("name", "rate", "seconds", "paths"),
+    [
+        ("default", "3/minute", 60, ["/posts", "/nowhere", "/users/me"]),
+        ("auth", "3/hour", 3_600, ["/auth/login", "/auth/register", "/auth/login%0A"]),
+    ],
+)
+def test_rate_limit_headers_count_down_to_429(client, monkeypatch, name, rate, seconds, paths):
+    set_limits(monkeypatch, **{name: rate})
+    for left, path in zip((2, 1, 0), paths, strict=True):
+        headers = client.post(path).headers
+        assert headers["ratelimit-policy"] == f'"{name}";q=3;w={seconds}'
+        assert headers["ratelimit"] == f'"{name}";r={left};t={seconds}'
+    refused = client.post(paths[0], headers=ORIGIN)
     assert_error(refused, 429, "RATE_LIMITED")
-    assert refused.headers["ratelimit"] == '"default";r=0;t=60'
-    assert refused.headers["retry-after"] == "60"
+    assert refused.headers["ratelimit"] == f'"{name}";r=0;t={seconds}'
+    assert refused.headers["retry-after"] == f"{seconds}"
     assert refused.headers["access-control-allow-origin"] == ORIGIN["Origin"]
-
-
-def test_logins_and_registrations_have_their_own_limit(client, monkeypatch):
-    set_limits(monkeypatch, auth="3/hour")
-    assert "ratelimit" not in client.get("/posts").headers
-    for left, path in ((2, "/auth/login"), (1, "/auth/register"), (0, "/auth/login%0A")):
-        headers = client.post(path).headers  # the last path leads to the same route
-        assert headers["ratelimit-policy"] == '"auth";q=3;w=3600'
-        assert headers["ratelimit"] == f'"auth";r={left};t=3600'
+    assert ("ratelimit" in client.get("/posts").headers) == (name == "default")
 
 
 def test_health_verify_docs_and_preflights_are_not_limited(client, url, monkeypatch):
@@ -777,7 +793,7 @@ def test_clients_are_counted_by_an_address_that_they_cannot_forge(client, develo
     assert get_as(client, "2001:db8::1", "2001:db8::2", "2001:db8:0:0:f::3") == [200, 200, 429]
     assert get_as(client, "2001:db8:0:1::1") == [200]  # the next /64
     assert get_as(client, "nonsense", "x" * 5_000, '1.2.3.4"') == [200, 200, 429]
-    statuses = get_as(development, *(f"10.0.{number}.1" for number in range(110)))
+    statuses = get_as(development, *(f"10.0.{number}.1" for number in range(30)))
     assert set(statuses) == {200, 429}  # this server trusts no proxy
     assert statuses == sorted(statuses)
 
@@ -835,7 +851,7 @@ def test_tokens_name_their_user_and_expire_with_their_session(client, ann, monke
         assert tokens["expires_in"] in range(86_300, 86_401)
         tokens = refresh(client, tokens).json()
     assert tokens.keys() == {"access_token", "refresh_token", "token_type", "expires_in"}
-    token = main.create_token(claims | {"type": "access", "exp": int(time.time()) + 2})
+    token = main.create_token(claims | {"type": "access", "exp": int(time.time()) + 1})
     ann.api.headers["Authorization"] = f"Bearer {token}"
     assert ann.api.get("/users/me").status_code == 200
     wait_until(lambda: ann.api.get("/users/me").status_code == 401)  # though it is remembered
@@ -848,27 +864,23 @@ ODD_CLAIMS += [{"sid": sid} for sid in ("", "x", "\0", "\ud800", 1, None)]
 ODD_CLAIMS += [{"type": kind} for kind in ("", "ACCESS", ["access"], "cookie", "reset")]
 
 
-def encode(part):
-    data = part if isinstance(part, bytes) else json.dumps(part).encode()
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
 def sign(claims, algorithm="HS256"):
-    text = f"{encode({'alg': algorithm})}.{encode(claims)}"
-    return f"{text}.{encode(main.get_signing_key().sign(text.encode()))}"
+    payload = claims if isinstance(claims, bytes) else json.dumps(claims).encode()
+    return jws.sign(payload, main.get_signing_key(), {"alg": algorithm})
 
 
 def forge(token):  # most of these have a good signature
     claims, (header, payload, signature) = jwt.get_unverified_claims(token), token.split(".")
-    boss, deep = encode(claims | {"sub": "1"}), encode(b"[" * 2_000)
-    yield from (sign(claims, algorithm) for algorithm in ALGORITHMS)
-    yield from (f"{encode({'alg': algorithm})}.{payload}." for algorithm in ALGORITHMS)
+    boss, deep = (sign(part).split(".")[1] for part in (claims | {"sub": "1"}, b"[" * 2_000))
+    for algorithm in ALGORITHMS:
+        yield sign(claims, algorithm)
+        yield sign(claims, algorithm).rpartition(".")[0] + "."
     yield from (sign({key: claims[key] for key in claims.keys() - {name}}) for name in claims)
     yield from (sign(claims | odd) for odd in ODD_CLAIMS)
     yield from (f"{header}.{payload}", f"{header}.{payload}.", f"{header}.{boss}.{signature}")
-    yield from (f"{deep}.{payload}.{signature}", sign(b"[" * 2_000), encode(b"[" * 5_000))
-    yield from (sign([1]), "a" * 15_000, ".", "..", "\x80", "x", token + "A", token + ".A")
-    yield jwt.encode(claims, "x" * 40)
+    yield from (f"{deep}.{payload}.{signature}", f"{header}.{deep}.{signature}", "W1tb" * 1_000)
+    yield from (sign(b"[" * 2_000), sign([1]), "a" * 15_000, ".", "..", "\x80", "x")
+    yield from (f"{token}A", f"{token}.A", jwt.encode(claims, "x" * 40))
 
 
 @pytest.mark.parametrize(("kind", "other"), [("access", "refresh"), ("refresh", "access")])
@@ -890,38 +902,13 @@ def test_a_forged_token_is_refused_even_on_public_routes(client, ann, kind, othe
 
 def test_register_returns_the_new_user(client):
     body = {"email": "Ann@Example.com", "password": PASSWORD, "first_name": " Ann ", "age": 36}
-    answer = client.post("/auth/register", json=body)
-    assert answer.status_code == 201
-    user = answer.json()
+    user = client.post("/auth/register", json=body).json()
     assert user.pop("id") > 0
     assert user.pop("created_at").endswith("Z")
     assert user.pop("updated_at").endswith("Z")
     names = {"first_name": "Ann", "last_name": None, "full_name": "Ann"}
     profile = {"email": "ann@example.com", "age": 36, "bio": None, "avatar_url": None}
     assert user == names | profile | {"role": "user", "is_superuser": False, "is_active": True}
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("email", ["Ann <a@b.co>", "a" * 300 + "@b.co", "a", "a@b", "\0@b.co", None]),
-        ("password", ["7777777", "x" * 129, "PassWord", "12345678", "a\0bcdefgh", None]),
-        ("first_name", ["x" * 101, "a\nb", "a\0b", "a\x7fb", "\ud800", 1]),
-        ("age", [0, 150, "36"]),
-        ("bio", ["x" * 2_001]),
-        ("avatar_url", ["ftp://a.b", "//a.b", "http://" + "x" * 494]),
-        ("role", ["root", None]),
-        ("is_active", ["yes", None]),
-    ],
-)
-def test_an_invalid_field_of_a_user_is_refused_by_name(ann, admin, field, values):
-    for value in values:
-        body = json.dumps({"email": "new@example.com", "password": PASSWORD, field: value})
-        for method, path in ("POST", "/auth/register"), ("PATCH", f"/users/{ann.id}"):
-            answer = admin.api.request(method, path, content=body, headers=JSON)
-            assert_error(answer, 422, "VALIDATION_ERROR")
-            assert [problem["loc"] for problem in answer.json()["detail"]] == [["body", field]]
-    assert ann.api.get("/users/me").json()["email"] == ann.email
 
 
 def test_a_failed_login_does_not_reveal_the_reason(client, admin, monkeypatch, caplog):
@@ -937,10 +924,6 @@ def test_a_failed_login_does_not_reveal_the_reason(client, admin, monkeypatch, c
         assert answer.elapsed > timedelta(seconds=0.03), email  # so long takes a hash, at least
     assert f"user {ann.id} signed in" in caplog.text  # the log names them by id or digest
     assert len(re.findall("failed to sign in: email [0-9a-f]{16}", caplog.text)) == 4
-    assert not re.search(f"{ann.email}|{PASSWORD}|wrong one", caplog.text)
-    files = {"username": (None, ann.email), "password": (None, "\\ud800")}  # half a character
-    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
-    assert client.post("/auth/login", files=files, headers=headers).status_code == 401
 
 
 def test_logins_and_checks_of_the_current_password_share_a_limit(client, monkeypatch):
@@ -963,16 +946,12 @@ def assert_signed_out(client, *logins):
         assert_error(refresh(client, tokens), 401, "INVALID_TOKEN")
 
 
-def test_20_concurrent_refreshes_get_the_same_new_token(client, ann):
+@pytest.mark.parametrize("is_late", [True, False], ids=["after 10 s", "before the last one"])
+def test_a_refresh_token_may_be_reused_only_at_once(client, ann, monkeypatch, caplog, is_late):
     answers = at_once(20, lambda _: refresh(client, ann.tokens))
     assert {(a.status_code, a.headers["cache-control"]) for a in answers} == {(200, "no-store")}
-    (new,) = {answer.json()["refresh_token"] for answer in answers}
-    assert refresh(client, {"refresh_token": new}).status_code == 200
-
-
-@pytest.mark.parametrize("is_late", [True, False], ids=["after 10 s", "before the last one"])
-def test_a_reused_refresh_token_ends_its_session(client, ann, monkeypatch, caplog, is_late):
-    latest = refresh(client, ann.tokens).json()
+    latest, *others = (answer.json() for answer in answers)
+    assert {tokens["refresh_token"] for tokens in others} == {latest["refresh_token"]}
     monkeypatch.setattr(main, "REFRESH_GRACE", main.REFRESH_GRACE - timedelta(seconds=10 * is_late))
     latest = latest if is_late else refresh(client, latest).json()
     assert_error(refresh(client, ann.tokens), 401, "TOKEN_REUSED")
@@ -983,6 +962,7 @@ def test_a_reused_refresh_token_ends_its_session(client, ann, monkeypatch, caplo
 def test_logout_deactivation_and_deletion_end_sessions_immediately(client, admin, caplog):
     ann, gone, deleted = sign_up(client), sign_up(client), sign_up(client)
     here, there = as_person(client, ann.email), log_in(client, ann.email)
+    assert_error(client.post("/auth/logout"), 401, "INVALID_TOKEN")
     assert ann.api.post("/auth/logout").status_code == 204
     assert_signed_out(client, ann.tokens)
     assert here.api.post("/auth/logout?everywhere=true").status_code == 204
@@ -996,26 +976,12 @@ def test_logout_deactivation_and_deletion_end_sessions_immediately(client, admin
     assert f"user {gone.id}: is_active changed by user {admin.id}" in caplog.text
 
 
-def count_logins(client, user):
-    sql = f"SELECT count(*) FROM loginsession WHERE user_id = {user.id}"
-    return client.get("/own/reader", params={"sql": sql}).json()
-
-
-def test_expired_sessions_are_deleted_at_the_next_login(client, ann, monkeypatch):
-    monkeypatch.setattr(main.settings, "refresh_token_expire_days", -1)
-    log_in(client, ann.email)
-    monkeypatch.undo()
-    log_in(client, ann.email)
-    assert count_logins(client, ann) == 2
-
-
 # --- Posts ----------------------------------------------------------------------------------------
 
 NEVER = 2**31 - 1  # an id that nothing has
 
 
 def without_content(post):
-    """Returns the post as events show it."""
     return {name: value for name, value in post.items() if name != "content"}
 
 
@@ -1029,28 +995,6 @@ def test_a_new_post_is_a_draft_at_its_location(ann):
     expected = fields | {"author": {"id": ann.id, "full_name": "Ann Lee"}}
     expected |= {name: post[name] for name in ("id", "created_at", "updated_at")}
     assert post == expected | {"is_published": False, "version": 1}
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("title", value) for value in ("", " ", "x" * 256, "a\nb", "\0", "\ud800", None, 1)),
-        *(("content", value) for value in ("", " \n", "x" * 20_001, "\0", "\ud800", None, 1)),
-        *(("text", value) for value in ("", " \n", "x" * 501, "\0", "\ud800", None, 1)),
-        ("is_published", 1),
-    ],
-    ids=lambda value: repr(value)[:25],
-)
-def test_an_invalid_field_of_a_post_or_a_comment_is_refused(ann, field, value):
-    post = write_post(ann)
-    path = f"/posts/{post['id']}"
-    is_comment = field == "text"
-    body = json.dumps(({} if is_comment else POST) | {field: value})
-    new = f"{path}/comments" if is_comment else "/posts"
-    for method, place in (("POST", new), ("PATCH", path), ("PUT", path)):
-        answer = ann.api.request(method, place, content=body, headers=JSON)
-        assert_error(answer, 422, "VALIDATION_ERROR")
-    assert ann.api.get(path).json() == post
 
 
 def test_drafts_are_listed_only_for_their_author(client, ann, admin):
@@ -1081,35 +1025,24 @@ def listed(client):
     return posts, values | {title: post["id"] for title, post in posts.items()}
 
 
-@pytest.mark.parametrize(
-    ("query", "titles"),
-    [
-        ("size=20", "bca"),
-        ("page=2&size=2", "a"),
-        ("page=100&size=100", ""),
-        ("before={b}", "ca"),
-        ("before={b}&size=1", "c"),
-        ("before={a}", ""),
-        ("sort=created_at", "acb"),
-        ("sort=-created_at", "bca"),
-        ("sort=updated_at", "cba"),
-        ("sort=-updated_at", "abc"),
-        ("sort=title", "abc"),
-        ("sort=-title", "cba"),
-        ("author=zed%25aNN_", "bca"),
-        ("author=o'zedl", "bca"),
-        *((f"author={name}", "") for name in ("zed_", "_zed", "%25zed", "zed%25%25")),
-        *((f"author={name}", "") for name in ("zed/", "zed\\", "'%20OR%201=1--")),
-        *((f"min_date={{{name}}}", "bc") for name in ("time", "naive", "west")),
-        *((f"max_date={{{name}}}", "ca") for name in ("time", "naive", "west")),
-        ("min_date={west}&before={b}", "c"),
-        ("min_date={first_day}", "bca"),
-        ("max_date={last_day}", "bca"),
-        ("max_date={earlier}", ""),
-        ("min_date={later}", ""),
-        ("min_date=0001-01-01&max_date=9999-12-31", "bca"),
-    ],
-)
+FOUND = {  # what these queries find: the titles of the posts above, in this order
+    "bca": ["size=20", "sort=-created_at", "author=zed%25aNN_", "author=o'zedl"]
+    + ["min_date={first_day}", "max_date={last_day}", "min_date=0001-01-01&max_date=9999-12-31"],
+    "acb": ["sort=created_at"],
+    "abc": ["sort=title", "sort=-updated_at"],
+    "cba": ["sort=-title", "sort=updated_at"],
+    "bc": ["min_date={time}", "min_date={naive}", "min_date={west}"],
+    "ca": ["max_date={time}", "max_date={naive}", "max_date={west}", "before={b}"],
+    "c": ["before={b}&size=1", "min_date={west}&before={b}"],
+    "a": ["page=2&size=2"],
+    "": ["page=100&size=100", "before={a}", "max_date={earlier}", "min_date={later}"]
+    + [f"author={name}" for name in ("zed_", "_zed", "%25zed", "zed%25%25", "zed/", "zed\\")]
+    + ["author='%20OR%201=1--"],
+}
+QUERIES = [(query, titles) for titles, queries in FOUND.items() for query in queries]
+
+
+@pytest.mark.parametrize(("query", "titles"), QUERIES)
 def test_posts_are_filtered_sorted_and_paginated(client, listed, query, titles):
     posts, values = listed
     query = httpx.QueryParams("author=zed").merge(query.format(**values))
@@ -1121,16 +1054,18 @@ def test_posts_are_filtered_sorted_and_paginated(client, listed, query, titles):
     assert client.get("/posts", params=query).json() == {"items": items, "size": size} | place
 
 
-@pytest.mark.parametrize(
-    "query",
-    f"""size=101 page=101&size=100 before=9&page=1 before=9&sort=title sort= sort=-id min_date=
+BAD_QUERIES = f"""
+    size=101 page=101&size=100 before=9&page=1 before=9&sort=title sort= sort=-id min_date=
     sort=hashed_password min_date=x max_date=now max_date=NaN min_date=1e9 min_date=1704067200
     max_date=%00 max_date=2024-02-30 min_date=2024-01-01T25:00 min_date=0001-01-01T00:00:00%2B23:59
-    max_date=9999-12-31T23:59:59-23:59 author={"%25" * 101} author={"_" * 50_001}""".split(),
-    ids=lambda query: query[:45],
-)
-def test_an_invalid_list_parameter_is_refused(client, query):
-    assert_error(client.get(f"/posts?{query}"), 422, "VALIDATION_ERROR")
+    max_date=9999-12-31T23:59:59-23:59 author={"%25" * 101} author={"_" * 50_001}
+"""
+
+
+def test_an_invalid_list_parameter_is_refused(client):
+    for query in BAD_QUERIES.split():
+        answer = client.get(f"/posts?{query}")
+        assert answer.status_code == 422, query
 
 
 @pytest.mark.parametrize("method", ["PATCH", "PUT"])
@@ -1166,15 +1101,6 @@ def test_concurrent_edits_are_not_lost_and_one_per_version_succeeds(client, ann)
         assert heard == [("post.updated", without_content(edit)) for edit in edits]
 
 
-def test_a_post_is_published_once(client, ann):
-    draft = write_post(ann, is_published=False)
-    path = f"/posts/{draft['id']}"
-    published, *again = at_once(5, lambda _: ann.api.post(f"{path}/publish").json())
-    changes = {"is_published": True, "version": 2, "updated_at": published["updated_at"]}
-    assert published == client.get(path).json() == draft | changes
-    assert again == [published] * 4
-
-
 # --- Comments -------------------------------------------------------------------------------------
 
 
@@ -1202,11 +1128,10 @@ def test_users_see_public_profiles_and_superusers_see_all_fields(ben, ann, admin
         assert api.get(f"/users/{ann.id}").json() == seen
         assert api.get(f"/users?size=1&page={total}").json() == {"items": [seen]} | page
     assert ann.api.get(f"/users/{ann.id}").json() == me
-    actives = [admin.api.get(f"/users?is_active={value}").json()["total"] for value in (0, 1)]
     admin.api.patch(f"/users/{ann.id}", json={"is_active": False})
-    inactive, active = (admin.api.get(f"/users?is_active={value}").json() for value in (0, 1))
-    assert [inactive["total"] - 1, active["total"] + 1] == actives
-    assert ann.id in [user["id"] for user in inactive["items"]]
+    for value in True, False:
+        users = admin.api.get(f"/users?is_active={value}&size=100").json()["items"]
+        assert {user["is_active"] for user in users} == {value}
 
 
 def test_an_update_of_a_user_changes_only_sent_fields(client):
@@ -1223,7 +1148,7 @@ def test_an_update_of_a_user_changes_only_sent_fields(client):
     assert cleared["bio"] is cleared["avatar_url"] is None
 
 
-def test_changing_ones_email_or_password_needs_the_current_password(client, ann, ben):
+def test_a_new_email_or_password_needs_the_current_password(client, ann, ben):
     for change in {"email": "own@example.com"}, {"password": NEW_PASSWORD}:
         for wrong in {}, {"current_password": "wrong"}, {"current_password": PASSWORD.upper()}:
             answer = ann.api.patch("/users/me", json=change | wrong)
@@ -1235,15 +1160,14 @@ def test_changing_ones_email_or_password_needs_the_current_password(client, ann,
 
 
 def test_a_new_password_ends_all_sessions(client, ann, admin, caplog):
-    other = log_in(client, ann.email)
+    sessions = [ann.tokens, log_in(client, ann.email)]
     change = {"password": NEW_PASSWORD, "current_password": PASSWORD}
     assert ann.api.patch("/users/me", json=change).status_code == 200
-    again = log_in(client, ann.email, NEW_PASSWORD)
+    sessions.append(log_in(client, ann.email, NEW_PASSWORD))
     admin.api.patch(f"/users/{ann.id}", json={"password": PASSWORD})
-    assert_signed_out(client, ann.tokens, other, again)
+    assert_signed_out(client, *sessions)
     changed = re.findall(f"user {ann.id}: password changed by user ([0-9]+)", caplog.text)
     assert changed == [str(ann.id), str(admin.id)]
-    assert not re.search(f"{ann.email}|{PASSWORD}|{NEW_PASSWORD}", caplog.text)
 
 
 def make_admin(client, admin):
@@ -1268,11 +1192,13 @@ def test_an_admin_dismissed_meanwhile_is_refused(client, admin, monkeypatch, met
 @pytest.mark.parametrize("body", [{"role": "user"}, {"is_active": False}, None], ids=str)
 def test_of_two_superusers_who_dismiss_each_other_one_stays(client, admin, body):
     method = "PATCH" if body else "DELETE"
-    for _ in range(3):
+    for _ in range(2):
         one, two = make_admin(client, admin), make_admin(client, admin)
-        dismiss_two = partial(one.api.request, method, f"/users/{two.id}", json=body)
-        dismiss_one = partial(two.api.request, method, f"/users/{one.id}", json=body)
-        at_once(2, lambda number, calls=(dismiss_one, dismiss_two): calls[number]())
+        pairs = ((one, two), (two, one))
+        calls = [
+            partial(me.api.request, method, f"/users/{her.id}", json=body) for me, her in pairs
+        ]
+        at_once(2, lambda number, calls=calls: calls[number]())
         assert [me.api.get("/users?is_active=1").status_code for me in (one, two)].count(200) == 1
 
 
@@ -1292,27 +1218,27 @@ def test_deleting_a_user_deletes_their_posts_and_publishes_events(client, ann, b
     assert client.get(f"/posts/{theirs}/comments").json()["total"] == 0
 
 
-def restart(folder, email, **settings):
-    """Runs another server on the same database. The first superuser has this email."""
-    settings |= {name: SETTINGS[name] for name in {"DATABASE_URL", "SECRET_KEY"} & SETTINGS.keys()}
-    first_superuser = {"FIRST_SUPERUSER_EMAIL": email, "FIRST_SUPERUSER_PASSWORD": NEW_PASSWORD}
-    return run_main(folder, **settings, **first_superuser)
-
-
-def test_the_first_superuser_is_promoted_at_start(client, ann, ben, monkeypatch, tmp_path):
+def test_a_start_promotes_the_first_superuser_and_deletes_expired_logins(
+    client, ann, ben, monkeypatch, tmp_path
+):
+    logins = {"sql": f"SELECT count(*) FROM loginsession WHERE user_id = {ben.id}"}
     monkeypatch.setattr(main.settings, "refresh_token_expire_days", -1)
-    log_in(client, ben.email)
-    with restart(tmp_path, ann.email) as later:
+    for _ in range(2):
+        log_in(client, ben.email)
+    assert client.get("/own/reader", params=logins).json() == 2  # a login deletes them, too
+    settings = {name: SETTINGS[name] for name in {"DATABASE_URL", "SECRET_KEY"} & SETTINGS.keys()}
+    settings |= {"FIRST_SUPERUSER_EMAIL": ann.email, "FIRST_SUPERUSER_PASSWORD": NEW_PASSWORD}
+    with run_main(tmp_path, **settings) as later:
+        assert client.get("/own/reader", params=logins).json() == 1
         assert_signed_out(later, ann.tokens)
         assert try_login(later, ann.email).status_code == 401
         assert as_person(later, ann.email, NEW_PASSWORD).api.get("/users?is_active=1").is_success
-    assert count_logins(client, ben) == 1  # the start removed what had expired
 
 
 # --- Verify ---------------------------------------------------------------------------------------
 
 
-def test_verify_returns_the_user_in_headers(client):
+def test_verify_returns_the_user_in_headers_and_refuses_misspelled_parameters(client):
     ann = sign_up(client, email="Ann+%25~李@exämple.com", first_name="Änn %", last_name='"Lee",')
     answer = ann.api.get("/auth/verify")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -1323,79 +1249,67 @@ def test_verify_returns_the_user_in_headers(client):
         "remote-groups": "user",
     }
     assert answer.headers["cache-control"] == "private, no-store"
-
-
-def test_verify_refuses_misspelled_parameters(admin):
     typos = "Role=admin roles=admin role role= role=Admin role=root role[]=admin x= sign_in"
-    for query in *typos.split(), "role=admin&role=user", "role=user&role=admin":
-        assert_error(admin.api.get(f"/auth/verify?{query}"), 422, "VALIDATION_ERROR")
+    for query in f"{typos} role=admin&role=user role=user&role=admin".split():
+        assert_error(ann.api.get(f"/auth/verify?{query}"), 422, "VALIDATION_ERROR")
 
 
 # --- Permissions ----------------------------------------------------------------------------------
-# {user}, {post} and {draft} are the owner's, and so is {reply}, below a post of another user.
-# {comment} is another user's, below the owner's post, {note} below their draft.
 
 PERMISSIONS = [  # the statuses for an anonymous client, another user, the owner and a superuser
-    ("GET", "/auth/verify", None, [401, 200, 200, 200]),
-    ("GET", "/users", None, [401, 200, 200, 200]),
-    ("GET", "/users/{user}", None, [401, 200, 200, 200]),
-    ("GET", "/users/me", None, [401, 200, 200, 200]),
-    ("GET", "/users/me/posts", None, [401, 200, 200, 200]),
-    ("GET", "/auth/verify?role=admin", None, [401, 403, 403, 200]),
-    ("GET", "/users?is_active=true", None, [401, 403, 403, 200]),
-    ("GET", "/users/{missing}", None, [401, 404, 404, 404]),
-    ("PATCH", "/users/{user}", {"bio": "x"}, [401, 403, 200, 200]),
-    ("PATCH", "/users/{user}", {"role": "user"}, [401, 403, 403, 200]),
-    ("PATCH", "/users/{user}", {"password": "battery-staple"}, [401, 403, 403, 200]),
-    ("PATCH", "/users/{missing}", {"bio": "x"}, [401, 403, 403, 404]),
-    ("PATCH", "/users/me", {"role": "user"}, [401, 403, 403, 409]),
-    ("DELETE", "/users/me", None, [401, 403, 403, 409]),
-    ("DELETE", "/users/{user}", None, [401, 403, 403, 204]),
-    ("POST", "/users", {}, [401, 403, 403, 422]),
-    ("POST", "/posts", {"title": "x", "content": "x"}, [401, 201, 201, 201]),
-    ("GET", "/posts", None, [200, 200, 200, 200]),
-    ("GET", "/posts/{post}", None, [200, 200, 200, 200]),
-    ("GET", "/posts/{post}/comments", None, [200, 200, 200, 200]),
-    ("GET", "/events", None, [200, 200, 200, 200]),
-    ("GET", "/posts/{draft}", None, [404, 404, 200, 200]),
-    ("GET", "/posts/{draft}/comments", None, [404, 404, 200, 200]),
-    ("GET", "/posts/{missing}", None, [404, 404, 404, 404]),
-    ("GET", "/posts/{missing}/comments", None, [404, 404, 404, 404]),
-    ("PATCH", "/posts/{post}", {"title": "x"}, [401, 403, 200, 200]),
-    ("PUT", "/posts/{post}", {"title": "x"}, [401, 403, 200, 200]),
-    ("PATCH", "/posts/{draft}", {"title": "x"}, [401, 404, 200, 200]),
-    ("PUT", "/posts/{draft}", {"title": "x"}, [401, 404, 200, 200]),
-    ("POST", "/posts/{post}/publish", None, [401, 403, 200, 403]),
-    ("POST", "/posts/{draft}/publish", None, [401, 404, 200, 403]),
-    ("POST", "/posts/{post}/comments", {"text": "x"}, [401, 201, 201, 201]),
-    ("POST", "/posts/{draft}/comments", {"text": "x"}, [401, 404, 201, 201]),
-    ("DELETE", "/posts/{post}", None, [401, 403, 204, 204]),
-    ("DELETE", "/comments/{comment}", None, [401, 403, 204, 204]),
-    ("DELETE", "/comments/{reply}", None, [401, 403, 204, 204]),
-    ("DELETE", "/posts/{draft}", None, [401, 404, 204, 204]),
-    ("DELETE", "/comments/{note}", None, [401, 404, 204, 204]),
-    ("DELETE", "/posts/{missing}", None, [401, 404, 404, 404]),
-    ("DELETE", "/comments/{missing}", None, [401, 404, 404, 404]),
-    ("POST", "/auth/logout", None, [401, 204, 204, 204]),
+    ([401, 200, 200, 200], None, ["GET /auth/verify", "GET /users", "GET /users/{user}"]),
+    ([401, 200, 200, 200], None, ["GET /users/me", "GET /users/me/posts"]),
+    ([401, 403, 403, 200], None, ["GET /auth/verify?role=admin", "GET /users?is_active=true"]),
+    ([401, 403, 200, 200], {"bio": "x"}, ["PATCH /users/{user}"]),
+    ([401, 403, 403, 200], {"role": "user"}, ["PATCH /users/{user}"]),
+    ([401, 403, 403, 200], {"password": NEW_PASSWORD}, ["PATCH /users/{user}"]),
+    ([401, 403, 403, 409], {"role": "user"}, ["PATCH /users/me"]),
+    ([401, 403, 403, 409], None, ["DELETE /users/me"]),
+    ([401, 403, 403, 204], None, ["DELETE /users/{user}"]),
+    ([401, 403, 403, 422], {}, ["POST /users"]),
+    ([401, 404, 404, 404], None, ["GET /users/{missing}"]),
+    ([401, 403, 403, 404], {"bio": "x"}, ["PATCH /users/{missing}"]),
+    ([200, 200, 200, 200], None, ["GET /posts", "GET /posts/{post}", "GET /posts/{post}/comments"]),
+    ([200, 200, 200, 200], None, ["GET /events"]),
+    ([404, 404, 200, 200], None, ["GET /posts/{draft}", "GET /posts/{draft}/comments"]),
+    ([404, 404, 404, 404], None, ["GET /posts/{missing}", "GET /posts/{missing}/comments"]),
+    ([401, 201, 201, 201], POST, ["POST /posts"]),
+    ([401, 403, 200, 200], {"title": "x"}, ["PATCH /posts/{post}", "PUT /posts/{post}"]),
+    ([401, 404, 200, 200], {"title": "x"}, ["PATCH /posts/{draft}", "PUT /posts/{draft}"]),
+    ([401, 403, 200, 403], None, ["POST /posts/{post}/publish"]),
+    ([401, 404, 200, 403], None, ["POST /posts/{draft}/publish"]),
+    ([401, 201, 201, 201], {"text": "x"}, ["POST /posts/{post}/comments"]),
+    ([401, 404, 201, 201], {"text": "x"}, ["POST /posts/{draft}/comments"]),
+    ([401, 403, 204, 204], None, ["DELETE /comments/{comment}", "DELETE /comments/{reply}"]),
+    ([401, 403, 204, 204], None, ["DELETE /posts/{post}"]),
+    ([401, 404, 204, 204], None, ["DELETE /posts/{draft}", "DELETE /comments/{note}"]),
+    ([401, 404, 404, 404], None, ["DELETE /posts/{missing}", "DELETE /comments/{missing}"]),
 ]
-OPEN = {"/", "/health"} | {f"/api/v1/auth/{name}" for name in ("register", "login", "refresh")}
+CALLS = [(call, body, statuses) for statuses, body, calls in PERMISSIONS for call in calls]
+OBJECTS = {  # creates what a name in these paths stands for
+    "user": lambda owner, other: owner.id,
+    "post": lambda owner, other: write_post(owner)["id"],
+    "draft": lambda owner, other: write_post(owner, is_published=False)["id"],
+    "comment": lambda owner, other: write_comment(other, write_post(owner)["id"])["id"],
+    "note": lambda owner, other: write_comment(other, OBJECTS["draft"](owner, other))["id"],
+    "reply": lambda owner, other: write_comment(owner, write_post(other)["id"])["id"],
+    "missing": lambda owner, other: NEVER,
+}
 
 
-def make_objects(owner, other):
-    post = write_post(owner)["id"]
-    draft = write_post(owner, is_published=False)["id"]
-    objects = {"user": owner.id, "post": post, "draft": draft, "missing": NEVER}
-    objects["comment"] = write_comment(other, post)["id"]
-    objects["note"] = write_comment(other, draft)["id"]
-    objects["reply"] = write_comment(owner, write_post(other)["id"])["id"]
-    return objects
+@pytest.fixture(scope="module")
+def others(client):
+    """Another user and a superuser, whom nothing in the table signs out."""
+    return sign_up(client, first_name="Ben"), as_person(client, ADMIN_EMAIL)
 
 
-@pytest.mark.parametrize(("method", "path", "body", "statuses"), PERMISSIONS)
-def test_permissions(client, ann, ben, admin, method, path, body, statuses):
+@pytest.mark.parametrize(("call", "body", "statuses"), CALLS)
+def test_permissions(client, ann, others, call, body, statuses):
+    ben, admin = others
+    method, path = call.split()
     for api, status in zip((client, ben.api, ann.api, admin.api), statuses, strict=True):
-        place = path.format(**make_objects(ann, admin)) if "{" in path else path
-        with api.stream(method, place, json=body) as answer:
+        ids = {name: OBJECTS[name](ann, admin) for name in re.findall(r"{(\w+)}", path)}
+        with api.stream(method, path.format(**ids), json=body) as answer:
             assert answer.status_code == status
             text = "" if path == "/events" else answer.read().decode()
         assert "$2b$" not in text
@@ -1403,14 +1317,13 @@ def test_permissions(client, ann, ben, admin, method, path, body, statuses):
 
 
 def test_every_route_has_its_permissions_tested(url, client):
-    tested = {
-        (method.lower(), re.sub(r"\{\w+\}", "{}", main.API + path.partition("?")[0]))
-        for method, path, *_ in PERMISSIONS
-    }
+    tested = {re.sub(r"\{\w+\}", "{}", call.partition("?")[0]) for call, *_ in CALLS}
+    tested |= {f"POST /auth/{name}" for name in ("register", "login", "refresh", "logout")}
     paths = client.get(f"{url}/openapi.json").json()["paths"]
-    for path in paths.keys() - OPEN:
+    for path in paths.keys() - {"/", "/health"}:
         for method in paths[path]:
-            assert (method, re.sub(r"\{\w+\}", "{}", path)) in tested, "add it to PERMISSIONS"
+            call = f"{method.upper()} {path.removeprefix(main.API)}"
+            assert re.sub(r"\{\w+\}", "{}", call) in tested, "add it to PERMISSIONS"
 
 
 def test_read_only_fields_cannot_be_set(ann):
@@ -1477,7 +1390,7 @@ def test_concurrent_reads_are_never_stale_or_private(client, ann):
     draft, post = (f"/posts/{write_post(ann, is_published=p)['id']}" for p in (False, True))
 
     def write_or_read(reader):
-        for number in range(15):
+        for number in range(8):
             if reader:
                 assert client.get(draft).status_code == 404
                 assert client.get(f"{post}/comments").status_code == 200
@@ -1507,6 +1420,7 @@ def test_an_answer_begun_before_a_commit_is_not_cached(client, ann, monkeypatch)
 
 @sqlite_only
 def test_the_current_user_is_cached_until_a_commit(ann, monkeypatch):
+    assert ann.api.get("/users/me").status_code == 200
     with monkeypatch.context() as patch:
         patch.setattr(main, "find_login", None)  # is not called
         write_post(ann)
@@ -1518,34 +1432,22 @@ def test_the_current_user_is_cached_until_a_commit(ann, monkeypatch):
     assert_error(ann.api.get("/users/me"), 401, "INVALID_TOKEN")
 
 
-def test_with_cache_seconds_0_nothing_is_cached(client, ann, monkeypatch):
+def test_with_cache_seconds_0_nothing_is_cached(client, monkeypatch):
     monkeypatch.setattr(main.settings, "cache_seconds", 0)
     monkeypatch.setattr(main.answers, "generation", main.Generation())
-    path = f"/posts/{write_post(ann)['id']}"
-    for _ in range(2):
-        answer = client.get(path)
+    for answer in client.get("/posts"), client.get("/posts"):
         assert get_cache_headers(answer) == PUBLIC | {"etag": answer.headers["etag"]}
-    assert client.get(path, headers={"If-None-Match": "*"}).status_code == 304
+    assert client.get("/posts", headers={"If-None-Match": "*"}).status_code == 304
 
 
 def test_a_commit_of_your_own_route_makes_what_is_remembered_stale(client, ann, admin):
-    post = write_post(ann)
-    boss = sign_up(client)
-    assert admin.api.patch(f"/users/{boss.id}", json={"role": "admin"}).status_code == 200
+    path = f"/posts/{write_post(ann)['id']}"
+    boss = make_admin(client, admin)
     assert boss.api.get("/users/me").json()["role"] == "admin"
-    assert client.get(f"/posts/{post['id']}").headers.get("x-cache") != "hit"
+    assert client.get(path).headers.get("x-cache") != "hit"
     assert client.post(f"/own/dismiss/{boss.id}").status_code == 200
     assert boss.api.get("/users/me").json()["role"] == "user"
-    assert client.get(f"/posts/{post['id']}").headers.get("x-cache") != "hit"
-
-
-def test_an_overridden_user_is_not_answered_from_memory(client, ann, monkeypatch):
-    draft = write_post(ann, is_published=False)
-    me = main.UserRead(**ann.api.get("/users/me").json())
-    with monkeypatch.context() as patch:
-        patch.setitem(main.app.dependency_overrides, main.get_optional_user, lambda: me)
-        assert client.get(f"/posts/{draft['id']}").status_code == 200
-    assert_error(client.get(f"/posts/{draft['id']}"), 404, "NOT_FOUND")
+    assert client.get(path).headers.get("x-cache") != "hit"
 
 
 # --- Live events ----------------------------------------------------------------------------------
@@ -1657,7 +1559,6 @@ def test_a_client_has_at_most_60_listeners_and_a_process_1000(url, client, ann, 
             for path in ("/events", f"/ws/posts/{post}"):
                 answer = ann.api.get(path, headers=UPGRADE if "ws" in path else {})
                 assert_error(answer, 503, "UNAVAILABLE")
-                assert int(answer.headers["retry-after"]) > 0
         monkeypatch.setattr(main, "MAX_LISTENERS", 3)
 
 
@@ -1665,7 +1566,6 @@ def test_a_client_has_at_most_60_listeners_and_a_process_1000(url, client, ann, 
 
 
 def get_close_code(room):
-    """Reads until the server closes the connection, and returns its close code."""
     with pytest.raises(ConnectionClosed):  # noqa: PT012
         while True:
             room.recv(5)
@@ -1702,14 +1602,14 @@ def test_a_room_gets_the_messages_and_events_of_its_post_only(url, client, ann, 
 def test_a_refused_handshake_is_an_http_error(url, client, ann, ben, monkeypatch):
     post, draft = write_post(ann)["id"], write_post(ann, is_published=False)["id"]
     host = url.removeprefix("http://")
+    foreign = ("http://evil.example", "null", host, f"{url}.evil.example", f"http://x/{url}")
     refusals = [
         ({"Authorization": f"Bearer {ben.tokens['refresh_token']}"}, post, 401, "INVALID_TOKEN"),
         ({"Authorization": ""}, post, 401, "INVALID_TOKEN"),
         *(({}, post_id, 404, "NOT_FOUND") for post_id in (draft, NEVER)),
         *(({}, post_id, 422, "VALIDATION_ERROR") for post_id in (0, 2**31, "abc", "%00")),
+        *(({"Origin": name}, post, 403, "INSUFFICIENT_PERMISSIONS") for name in foreign),
     ]
-    for origin in ("http://evil.example", "null", host, f"{url}.evil.example", f"http://x/{url}"):
-        refusals.append(({"Origin": origin}, post, 403, "INSUFFICIENT_PERMISSIONS"))
     assert_error(client.get(f"/ws/posts/{post}", headers=UPGRADE), 401, "INVALID_TOKEN")
     for headers, post_id, status, code in refusals:
         assert_error(ben.api.get(f"/ws/posts/{post_id}", headers=UPGRADE | headers), status, code)
@@ -1726,23 +1626,23 @@ BAD_MESSAGES = ['" "', '"\\u0000"', '"\\ud800"', "1", "null", f'"{"x" * 501}"']
 BAD_FRAMES += [f'{{"type":"message","text":{text}}}' for text in BAD_MESSAGES]
 
 
-@pytest.mark.parametrize("frame", BAD_FRAMES, ids=lambda frame: str(frame)[:40])
-def test_an_invalid_message_closes_the_connection(url, ann, ben, caplog, frame):
+def test_an_invalid_message_closes_the_connection(url, ann, ben, caplog):
     post = write_post(ann)["id"]
-    with enter_room(url, ann, post) as other, enter_room(url, ben, post) as room:
-        room.send(frame, text=frame == b"\xff" or None)  # text that is not UTF-8
-        code = 1007 if frame == b"\xff" else 1009 if len(frame) > 65_536 else 1008
-        assert get_close_code(room) == code
+    with enter_room(url, ann, post) as other:
+        for frame in BAD_FRAMES:
+            with enter_room(url, ben, post) as room:
+                room.send(frame, text=frame == b"\xff" or None)  # text that is not UTF-8
+                code = 1007 if frame == b"\xff" else 1009 if len(frame) > 65_536 else 1008
+                assert get_close_code(room) == code, frame
         say(other, "x" * 500)
-        assert hear(other)["text"] == "x" * 500
+        assert hear(other)["text"] == "x" * 500  # and nothing came before
     assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_user_sends_at_most_20_messages_in_10_seconds(url, ann, ben):
     post = write_post(ann)["id"]
     with ExitStack() as stack:
-        enter = lambda person: stack.enter_context(enter_room(url, person, post))  # noqa: E731
-        rooms = [enter(ben), enter(ben), enter(ann)]
+        rooms = [stack.enter_context(enter_room(url, person, post)) for person in (ben, ben, ann)]
         for number in range(20):
             say(rooms[number % 2], f"{number}")
             assert [hear(room)["text"] for room in rooms] == [f"{number}"] * 3
@@ -1805,21 +1705,25 @@ def test_a_welcome_mail_contains_no_user_input(client, mail_server):
 
 def test_closed_registration_is_open_to_superusers(client, admin, mail_server, monkeypatch):
     monkeypatch.setattr(main.settings, "registration", "closed")
-    account = {"email": "a@b.co", "password": PASSWORD}
-    assert_error(client.post("/auth/register", json=account), 403, "INSUFFICIENT_PERMISSIONS")
-    rights = {"role": "admin", "is_active": False}
-    for email, query in ("silent@b.co", ""), ("greeted@b.co", "?send_welcome=true"):
-        user = admin.api.post(f"/users{query}", json=account | rights | {"email": email}).json()
-        assert (user["is_superuser"], user["is_active"]) == (True, False)
-        assert user == admin.api.get(f"/users/{user['id']}").json()
+    account = {"email": "silent@b.co", "password": PASSWORD, "role": "admin", "is_active": False}
+    answer = client.post("/auth/register", json={"email": "a@b.co", "password": PASSWORD})
+    assert_error(answer, 403, "INSUFFICIENT_PERMISSIONS")
+    user = admin.api.post("/users", json=account).json()
+    assert (user["is_superuser"], user["is_active"]) == (True, False)
+    assert user == admin.api.get(f"/users/{user['id']}").json()
+    admin.api.post("/users?send_welcome=true", json=account | {"email": "greeted@b.co"})
     wait_until(lambda: mail_server.mails_to("greeted@b.co"))
     assert not mail_server.mails_to("silent@b.co")
 
 
-def test_the_editor_gets_one_mail_per_published_post(ann, mail_server):
-    path = f"/posts/{write_post(ann, is_published=False)['id']}"
-    for call in f"POST {path}/publish", f"POST {path}/publish", f"PATCH {path}":
-        assert ann.api.request(*call.split(), json={"title": "New"}).status_code == 200
+def test_a_post_is_published_once_and_the_editor_gets_one_mail(client, ann, mail_server):
+    draft = write_post(ann, is_published=False)
+    path = f"/posts/{draft['id']}"
+    published, *again = at_once(5, lambda _: ann.api.post(f"{path}/publish").json())
+    changes = {"is_published": True, "version": 2, "updated_at": published["updated_at"]}
+    assert published == client.get(path).json() == draft | changes
+    assert again == [published] * 4
+    ann.api.patch(path, json={"title": "New"})
     other = f"/posts/{write_post(ann)['id']}"
     wait_until(lambda: not main.mail_threads)
     told = "".join(mail.as_string() for mail in mail_server.mails_to("editor@example.com"))
@@ -1851,23 +1755,14 @@ def test_mails_without_smtp_are_printed_or_logged_in_production(client, monkeypa
     assert "mail not sent: SMTP_URL is not set" in caplog.text
 
 
-def test_mails_are_sent_after_the_response_and_before_the_stop(mail_server, tmp_path):
-    mail_server.seconds = 1
-    with restart(tmp_path, ADMIN_EMAIL, SMTP_URL=f"smtp://{mail_server.address}") as later:
-        assert try_login(later, ADMIN_EMAIL, NEW_PASSWORD).status_code == 401  # it has an account
-        assert as_person(later, ADMIN_EMAIL).api.get("/users?is_active=true").status_code == 200
-        later.post("/auth/register", json={"email": "wait@b.co", "password": PASSWORD})
-        assert not mail_server.mails_to("wait@b.co")
-    assert mail_server.mails_to("wait@b.co")
-
-
 # --- Demo -----------------------------------------------------------------------------------------
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
-def test_the_demo_has_data_and_deletes_it_at_the_end(tmp_path):
-    with run_main(tmp_path, DEMO="true") as client:
+def test_the_demo_has_data_and_its_end_waits_for_mails_and_deletes_it(tmp_path, mail_server):
+    mail_server.seconds = 0.5
+    with run_main(tmp_path, DEMO="true", SMTP_URL=f"smtp://{mail_server.address}") as client:
         lines = re.findall("^sign in +(.+)$", client.read_log(), re.MULTILINE)
         page = client.get(client.base_url.join("/"), headers=BROWSER).text
         assert all(line in page for line in lines)
@@ -1879,20 +1774,20 @@ def test_the_demo_has_data_and_deletes_it_at_the_end(tmp_path):
         assert len(posts) == 12
         assert sum(page["total"] for page in comments) >= 10
         assert not ann.api.get("/users/me/posts").json()["items"][0]["is_published"]
+        client.post("/auth/register", json={"email": "wait@b.co", "password": PASSWORD})
+        assert not mail_server.mails_to("wait@b.co")  # it is sent after the response
+    assert mail_server.mails_to("wait@b.co")
     assert [file.name for file in tmp_path.iterdir()] == ["log"]
 
 
 # --- The page -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accept", ["", "*/*", "application/json", "text/plain"])
-def test_programs_get_json_at_the_root(url, client, accept):
-    answer = client.get(url, headers={"Accept": accept})
-    assert (answer.json(), answer.headers["vary"]) == ({"status": "ok"}, "Accept")
-    assert client.head(url, headers={"Accept": accept}).status_code == 200
-
-
-def test_browsers_get_a_page_without_external_resources(url, client):
+def test_the_root_is_json_for_programs_and_a_page_for_browsers(url, client):
+    for accept in ("", "*/*", "application/json", "text/plain"):
+        answer = client.get(url, headers={"Accept": accept})
+        assert (answer.json(), answer.headers["vary"]) == ({"status": "ok"}, "Accept")
+    assert client.head(url, headers=BROWSER).headers["content-type"] == "text/html; charset=utf-8"
     pages = [client.get(url, headers=BROWSER) for _ in range(2)]
     nonces = [set(re.findall('<(?:style|script) nonce="(.{22,}?)"', page.text)) for page in pages]
     assert nonces[0] != nonces[1]
@@ -1903,12 +1798,9 @@ def test_browsers_get_a_page_without_external_resources(url, client):
         policy = main.CONTENT_POLICY.replace("NONCE", nonce)
         assert page.headers["content-security-policy"] == policy
         assert not re.search("""https?:|["'`]/(api|docs)""", page.text)
-    head = client.head(url, headers=BROWSER)
-    assert (head.status_code, head.content) == (200, b"")
 
 
 # --- python main.py -------------------------------------------------------------------------------
-# How it starts, and how your own application can build on it.
 
 
 def try_own_application():
@@ -1922,13 +1814,11 @@ def try_own_application():
     parent.mount("/nut", main.app)
     for app, root in ((main.app, ""), (main.app, ""), (parent, "/nut")):
         with TestClient(app) as client:
-            ann = {"email": f"person{next(numbers)}@example.com", "password": PASSWORD}
-            assert client.post(f"{root}/api/v1/auth/register", json=ann).status_code == 201
-            form = {"username": ann["email"], "password": PASSWORD}
+            form = {"username": ADMIN_EMAIL, "password": PASSWORD}
             login = client.post(f"{root}/api/v1/auth/login", data=form)
             assert login.headers["ratelimit"].startswith('"auth"')
             headers = {"Authorization": f"Bearer {login.json()['access_token']}"}
-            assert client.get(f"{root}/shop", headers=headers).json() == ann["email"]
+            assert client.get(f"{root}/shop", headers=headers).json() == ADMIN_EMAIL
             assert client.get(f"{root}/shop").json()["error_code"] == "INVALID_TOKEN"
             post = POST | {"is_published": True}
             answer = client.post(f"{root}/api/v1/posts", json=post, headers=headers)
@@ -1940,6 +1830,7 @@ def try_own_application():
                 assert socket.receive_json()["text"] == "Hello"
             assert "/shop" in client.get(f"{root}/openapi.json").json()["paths"]
             assert client.get(f"{root}/docs/swagger-ui.css").status_code == 200
+        main.settings.first_superuser_password = NEW_PASSWORD  # not for an admin that exists
 
 
 @sqlite_only
@@ -1960,28 +1851,36 @@ def test_the_start_prints_its_addresses_and_folder(development):
     assert main.find_spec("opentelemetry.sdk") or "fastapi[opentelemetry]" in log
 
 
-SQLITE = "sqlite+aiosqlite:///"
+FAILING_STARTS = [
+    ("uvicorn main:app", {"PORT": "abc", "DEMO": "maybe"}, "DEMO: .*\nPORT: .*\n"),
+    ("main", {"DATABASE_URL": "sqlite+aiosqlite:///old.db"}, '.* "post" .* "created_at".*\n.*\n'),
+    (
+        "main",
+        {"DATABASE_URL": "sqlite+aiosqlite:///older.db"},
+        '.* "comment" .* "ix_comment_.*\n.*\n',
+    ),
+    (
+        "main",
+        {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/a.db"},
+        "(?s).*Traceback .*/nowhere/a.db.*",
+    ),
+    ("main", {}, ".* in use.*\n"),  # the port of the server of these tests
+]
 
 
-@pytest.mark.parametrize(
-    ("module", "settings", "expected"),
-    [
-        ("uvicorn main:app", {"PORT": "abc", "DEMO": "maybe"}, "DEMO: .*\nPORT: .*\n"),
-        ("main", {"DATABASE_URL": f"{SQLITE}old.db"}, '.* "post" .* "created_at".*\n.*\n'),
-        ("main", {"DATABASE_URL": f"{SQLITE}older.db"}, '.* "comment" .* "ix_comment_.*\n.*\n'),
-        ("main", {"DATABASE_URL": f"{SQLITE}/nowhere/a.db"}, "(?s).*Traceback .*/nowhere/a.db.*"),
-        ("main", {}, ".* in use.*\n"),  # the port of the server of these tests
-    ],
-)
-def test_a_start_that_fails_says_why(tmp_path, url, module, settings, expected):
+def test_a_start_that_fails_says_why(tmp_path, url):
     with closing(sqlite3.connect(tmp_path / "old.db")) as old:
         old.execute("CREATE TABLE post (id INTEGER PRIMARY KEY, title TEXT)")
     with closing(sqlite3.connect(tmp_path / "older.db")) as older:  # it lacks an index
         older.execute("CREATE TABLE comment (id, text, post_id, author_id, created_at, updated_at)")
-    folder = str(Path(main.__file__).parent)
-    environment = ENVIRONMENT | {"PORT": url.rpartition(":")[2], "PYTHONPATH": folder} | settings
-    command = [sys.executable, "-m", *module.split()]
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    ended = subprocess.run(command, timeout=60, **options)
-    assert re.fullmatch(expected, ended.stderr), ended.stderr
-    assert ended.returncode in (1, 3)
+    common = {"PORT": url.rpartition(":")[2], "PYTHONPATH": str(Path(main.__file__).parent)}
+
+    def start(number):
+        module, settings, _ = FAILING_STARTS[number]
+        options = {"cwd": tmp_path, "env": ENVIRONMENT | common | settings, "text": True}
+        command = [sys.executable, "-m", *module.split()]
+        return subprocess.run(command, timeout=60, capture_output=True, **options)
+
+    for number, ended in enumerate(at_once(len(FAILING_STARTS), start)):
+        assert re.fullmatch(FAILING_STARTS[number][2], ended.stderr), ended.stderr
+        assert ended.returncode in (1, 3)
