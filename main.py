@@ -18,11 +18,13 @@ file at any banner: what stands above is a working service, and knows nothing of
     Comments              the smallest example of it all
                           (up to here: the minimal microservice)
     Users                 what people and admins do with accounts
-    Verify                a proxy asks who somebody is
     Cache                 anonymous answers come from memory
     Live events           what happens to posts, as a stream
     Rooms                 a WebSocket for each post
     Mail                  sent in the background
+    The gate              a sign-in page and a cookie for apps behind a proxy
+    Forgotten passwords   a link by mail
+    Redis                 several processes share limits, events and what is fresh
     Demo                  people and posts to begin with
     The page              all of it, in a browser
     python main.py        what is printed at the start, and the server
@@ -31,6 +33,7 @@ file at any banner: what stands above is a working service, and knows nothing of
 import asyncio
 import base64
 import hashlib
+import html
 import json
 import logging
 import os
@@ -53,7 +56,8 @@ from http import HTTPStatus
 from importlib.util import find_spec
 from ipaddress import IPv6Address, ip_address
 from math import ceil
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
+from operator import methodcaller
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
@@ -65,11 +69,12 @@ import sqlalchemy as sa
 import uvicorn
 from email_validator import validate_email
 from fastapi import APIRouter, Depends, FastAPI, Form, Header, Query, Request, Response, WebSocket
+from fastapi.background import BackgroundTasks
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.requests import HTTPConnection
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
@@ -135,6 +140,12 @@ def check_database_url(value: str) -> str:
     return value
 
 
+def check_redis_url(value: AnyUrl) -> AnyUrl:
+    if find_spec("redis") is None:
+        raise ValueError("needs a package: pip install redis==8.1.0")
+    return value
+
+
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(normalize_email), Examples(["dora@example.com"])]
 PasswordRules = StringConstraints(min_length=8, max_length=128)
@@ -143,6 +154,8 @@ DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
 PublicUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]*[^\s?#/]$")]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z\d+.-]*://[^/\s?#@A-Z]+)$")]
 Rate = Annotated[str, StringConstraints(pattern=r"^(off|[1-9]\d{0,8}/(second|minute|hour))$")]
+RedisRules = UrlConstraints(allowed_schemes=["redis", "rediss"], host_required=True)
+RedisUrl = Annotated[AnyUrl, RedisRules, AfterValidator(check_redis_url)]
 SmtpUrl = Annotated[AnyUrl, UrlConstraints(allowed_schemes=["smtp", "smtps"], host_required=True)]
 
 
@@ -158,7 +171,7 @@ class Settings(BaseSettings):
     # the database
     database_url: DatabaseUrl = "sqlite+aiosqlite:///./app.db"
     cache_seconds: int = Field(default=60, ge=0, le=86_400)
-    redis_url: str | None = None
+    redis_url: RedisUrl | None = None
     # requests
     cors_origins: Annotated[list[Origin], NoDecode] = Field(default="http://localhost:3000")
     rate_limit: Rate = "600/minute"
@@ -202,12 +215,8 @@ class Settings(BaseSettings):
             problems.append("CORS_ORIGINS: must not be * in production")
         if (self.first_superuser_email is None) != (self.first_superuser_password is None):
             problems.append("FIRST_SUPERUSER_EMAIL, FIRST_SUPERUSER_PASSWORD: set both or none")
-        if self.demo and (self.production or "database_url" in given):
-            problems.append("DEMO: must not be set in production or with DATABASE_URL")
-        if self.redis_url is not None:
-            problems.append("REDIS_URL: is not supported yet")
-        if self.web_concurrency > 1:
-            problems.append("WEB_CONCURRENCY: must be 1, more is not supported yet")
+        if self.demo and (self.production or "database_url" in given or self.web_concurrency > 1):
+            problems.append("DEMO: not in production, with DATABASE_URL or with WEB_CONCURRENCY")
         if problems:
             raise ValueError("\n".join(problems))
         if self.demo:
@@ -635,7 +644,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
 RESPONSE_HEADERS = "ETag, Location, Retry-After, RateLimit, RateLimit-Policy"
 RESPONSE_HEADERS += ", X-Request-ID, X-Process-Time, X-Cache"
-UserEvent = Literal["user.registered", "user.invited"]
+UserEvent = Literal["user.registered", "user.invited", "user.forgot_password"]
 PostEvent = Literal["post.published", "post.updated", "post.deleted"]
 CommentEvent = Literal["comment.created", "comment.deleted"]
 EventKind = UserEvent | PostEvent | CommentEvent
@@ -961,7 +970,8 @@ class RateLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             state = scope["state"]
-            limit = path_limits.get(state["path"], DEFAULT_LIMIT)
+            path_limit = path_limits.get(state["path"], DEFAULT_LIMIT)
+            limit = path_limits.get(f"{scope.get('method')} {state['path']}", path_limit)
             if not state["path"].startswith("/docs/"):
                 await limiter.check(limit, client_key(state["client"]), state)
         await self.app(scope, receive, send)
@@ -979,7 +989,7 @@ MAX_TOKEN_LENGTH = 4_096
 # Checking a password against it takes as long as a real check, and always fails.
 DECOY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 hashing_threads = anyio.CapacityLimiter(os.cpu_count() or 1)
-TokenType = Literal["access", "refresh"]
+TokenType = Literal["access", "refresh", "cookie", "reset"]
 Result = TypeVar("Result", str, bytes, bool)
 
 
@@ -1029,7 +1039,7 @@ class TokenClaims(BaseModel):
     """What every token must say."""
 
     sub: Id  # a string in the JWT
-    sid: Annotated[str, NO_NUL]
+    sid: Annotated[str | None, NO_NUL] = None  # of all but reset tokens
     jti: str
     type: TokenType
     iat: int
@@ -1046,7 +1056,7 @@ def decode_token(token: str, kind: TokenType) -> TokenClaims:
         if len(token) > MAX_TOKEN_LENGTH:
             raise ValueError("too long")
         claims = TokenClaims.model_validate(jwt.decode(token, get_signing_key(), ["HS256"]))
-        if claims.type != kind:
+        if claims.type != kind or (claims.sid is None) != (kind == "reset"):
             raise ValueError("another type")
     except Exception:  # python-jose lets errors of all kinds escape
         raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked") from None
@@ -1157,6 +1167,15 @@ class TokenBearer(OAuth2PasswordBearer):
         return token if scheme.lower() == "bearer" else ""  # refused, like any bad token
 
 
+async def check_origin(request: HTTPConnection) -> None:
+    """For what a browser sends without asking: no page of another site may act for a user."""
+    origin = request.headers.get("origin")
+    host = request.headers.get("host")
+    known = {f"http://{host}", f"https://{host}", *settings.cors_origins}
+    if origin and origin not in known and "*" not in known:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
+
+
 BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
 ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
 
@@ -1187,22 +1206,27 @@ async def find_login(
     return found.User, found.LoginSession
 
 
+async def identify(
+    request: HTTPConnection, token: str, kind: TokenType, session: AsyncSession
+) -> UserRead:
+    """The user that this token stands for."""
+    generation, identity = await identities.get((kind, token))
+    if identity is None or identity.expires <= utc_now().timestamp():
+        claims = decode_token(token, kind)
+        user, _ = await find_login(session, claims)
+        await session.close()  # hold no reader while waiting for the writer or for bcrypt
+        identity = Identity(claims.exp, UserRead.model_validate(user))
+        identities.keep((kind, token), identity, len(token) + 5_000, generation)
+    me: UserRead = identity.user
+    request.state.user_id = me.id  # for the log
+    return me
+
+
 async def get_optional_user(
     request: HTTPConnection, token: BearerToken, session: ReadSession
 ) -> UserRead | None:
     """None without a token. One that is sent must be good."""
-    if token is None:
-        return None
-    generation, identity = await identities.get(token)
-    if identity is None or identity.expires <= utc_now().timestamp():
-        claims = decode_token(token, "access")
-        user, _ = await find_login(session, claims)
-        await session.close()  # hold no reader while waiting for the writer or for bcrypt
-        identity = Identity(claims.exp, UserRead.model_validate(user))
-        identities.keep(token, identity, len(token) + 5_000, generation)
-    me: UserRead = identity.user
-    request.state.user_id = me.id  # for the log
-    return me
+    return None if token is None else await identify(request, token, "access", session)
 
 
 OptionalUser = Annotated[UserRead | None, Depends(get_optional_user)]
@@ -1931,41 +1955,6 @@ async def make_first_superuser() -> AsyncIterator[None]:
 app.include_router(users)
 
 
-# --- Verify ---------------------------------------------------------------------------------------
-# A proxy that guards another app asks here before each request: who is this, and may they?
-
-
-class VerifyQuery(BaseModel):
-    """A parameter that is not known is refused, so that a typo never opens a gate."""
-
-    model_config = {"extra": "forbid"}
-
-    # A list, since of several values a plain field would take the last.
-    role: list[Role] = Field(default=["user"], max_length=1)
-
-
-@app.get(
-    f"{API}/auth/verify", tags=["auth"], response_class=Response, responses=errors(401, 403, 422)
-)
-async def verify(query: Annotated[VerifyQuery, Query()], me: CurrentUser) -> Response:
-    """Who sent this token? With `role=admin` only admins pass."""
-    if "admin" in query.role and not me.is_superuser:
-        raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
-    keep = string.punctuation.replace("%", "") + " "
-    return Response(
-        headers={
-            "Remote-User": str(me.id),
-            "Remote-Name": quote(me.full_name, safe=keep),
-            "Remote-Email": quote(me.email, safe=keep),
-            "Remote-Groups": me.role,
-            "Cache-Control": "private, no-store",
-        }
-    )
-
-
-path_limits[f"{API}/auth/verify"] = None
-
-
 # --- Cache ----------------------------------------------------------------------------------------
 # What anybody may read comes from memory, ready as it was sent before, until the next commit.
 
@@ -2198,15 +2187,6 @@ async def check_access(
         await session.close()
 
 
-async def check_origin(websocket: WebSocket) -> None:
-    """A page of another site must not open a socket from the browser of a user."""
-    origin = websocket.headers.get("origin")
-    host = websocket.headers.get("host")
-    known = {f"http://{host}", f"https://{host}", *settings.cors_origins}
-    if origin and origin not in known and "*" not in known:
-        raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
-
-
 @app.websocket(f"{API}/ws/posts/{{post_id}}", dependencies=[Depends(check_origin)])
 async def join_room(
     websocket: WebSocket,
@@ -2295,6 +2275,9 @@ async def mail_what_happened(kind: EventKind, subject: Any) -> None:
     if kind in ("user.registered", "user.invited"):
         body = f"Welcome!\n\nThere is an account with this email at {settings.public_url}\n"
         send_mail(subject.email, "Welcome", body)
+    if kind == "user.forgot_password":
+        body = f"Choose a new password within half an hour:\n\n{subject.link}\n"
+        send_mail(subject.email, "Your password", body)
     if kind == "post.published" and settings.admin_email:
         link = f"{settings.public_url}{API}/posts/{subject.id}"
         body = f"{subject.author.full_name} published: {subject.title}\n\n{link}\n"
@@ -2310,6 +2293,456 @@ async def wait_for_mails() -> AsyncIterator[None]:
 
 
 listeners.append(mail_what_happened)
+
+
+# --- The gate -------------------------------------------------------------------------------------
+# Guards apps that know nothing of accounts: their proxy asks /auth/verify before each request.
+# People sign in on a page without a script, and get a cookie that is good for this chapter alone.
+
+COOKIE = "nutshell"
+LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")  # `//` and `\` may lead to another host
+GATE_STYLE = """
+  :root { color-scheme: light dark; --nut: light-dark(#85480f, #f0b566);
+    --card: light-dark(#fff, #26201b); --alert: light-dark(#b3261e, #ff9d94) }
+  * { box-sizing: border-box; font: inherit; overflow-wrap: anywhere }
+  body { min-height: 100vh; margin: 0; padding: 1em; display: grid; place-items: center;
+    background: light-dark(#f8f3ec, #191512); font: clamp(17px, 1.2vw, 28px)/1.5 system-ui }
+  main { width: min(100%, 24em); padding: 2em; background: var(--card) }
+  main, input, button { border: 1px solid #8f8071; border-radius: .5em }
+  input, button { width: 100%; margin: .2em 0 1em; padding: .6em .9em; background: none }
+  button { background: var(--nut); color: var(--card); cursor: pointer }
+  h1, a { margin: 0; color: var(--nut) } h1 { font-size: 1.5em } .alert { color: var(--alert) }
+"""
+GATE_PAGE = string.Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title><link rel="icon" href="data:,"><style>$style</style>
+<main><h1>$title</h1><p class="alert" role="alert">$alert</p>$form</main>
+""")
+SIGN_IN_FORM = string.Template("""<form method="post" action="sign-in">
+<label>Email <input name="username" type="email" value="$username" required autofocus
+  autocomplete="username"></label>
+<label>Password <input name="password" type="password" required
+  autocomplete="current-password"></label>
+<input name="next" type="hidden" value="$next"><button>Sign in</button></form>$links""")
+SIGN_OUT_FORM = string.Template("""<p>You are signed in as <b>$name</b>.</p>
+<form method="post" action="sign-out"><button>Sign out</button></form>
+<a href="$next">Continue</a>""")
+STYLE_HASH = base64.b64encode(hashlib.sha256(GATE_STYLE.encode()).digest()).decode()
+GATE_HEADERS = {
+    "Cache-Control": "private, no-store",
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; "
+    "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",  # with no-referrer the Origin of a form would be null
+}
+sign_in_links: list[str] = []  # that chapters add below the form
+
+
+def gate_page(
+    title: str, form: string.Template, error: APIError | None = None, **values: str
+) -> Response:
+    """What stands in a form may come from anywhere, so it is escaped."""
+    safe = {name: html.escape(value) for name, value in values.items()}
+    filled = form.substitute(safe, links="\n".join(sign_in_links))
+    alert = html.escape(str(error.detail)) if error else ""
+    page = GATE_PAGE.substitute(title=title, style=GATE_STYLE, alert=alert, form=filled)
+    if error is None:
+        return HTMLResponse(page, headers=GATE_HEADERS)
+    return HTMLResponse(page, error.status_code, GATE_HEADERS | dict(error.headers or {}))
+
+
+def to_sign_in(request: Request, query: str = "") -> Response:
+    path = f"{request.scope.get('root_path', '')}/sign-in{query}"
+    return RedirectResponse(path, 302 if query else 303)
+
+
+def local_path(path: str) -> str:
+    return path if LOCAL_PATH.fullmatch(path) else "/"
+
+
+async def get_visitor(request: Request, me: OptionalUser, session: ReadSession) -> UserRead | None:
+    """Who is signed in, by token or cookie. A cookie that is no longer good counts as none."""
+    request.state.response_headers[b"cache-control"] = b"private, no-store"
+    cookie = request.cookies.get(COOKIE)
+    if me or cookie is None:
+        return me
+    try:
+        return await identify(request, cookie, "cookie", session)
+    except APIError as error:
+        if error.status_code != 401:
+            raise
+        return None
+
+
+Visitor = Annotated[UserRead | None, Depends(get_visitor)]
+
+
+class VerifyQuery(BaseModel):
+    """A parameter that is not known is refused, so that a typo never opens a gate."""
+
+    model_config = {"extra": "forbid"}
+
+    # Lists, since of several values a plain field would take the last.
+    role: list[Role] = Field(default=["user"], max_length=1)
+    sign_in: list[bool] = Field(default=[False], max_length=1)
+
+
+gate = APIRouter(tags=["auth"])
+
+
+@gate.get(f"{API}/auth/verify", response_class=Response, responses=errors(401, 403, 422))
+async def verify(
+    query: Annotated[VerifyQuery, Query()], visitor: Visitor, request: Request
+) -> Response:
+    """Who is asking, by token or by cookie? With `role=admin` only admins pass. With
+    `sign_in=true` a browser is sent to the sign-in page."""
+    if visitor is None:
+        headers = request.headers
+        is_page = "text/html" in headers.get("accept", "").lower()
+        if query.sign_in[0] and is_page and headers.get("x-forwarded-method", "GET") == "GET":
+            path = quote(headers.get("x-forwarded-uri", "/"), safe="")
+            return to_sign_in(request, f"?next={path}")
+        raise APIError("INVALID_TOKEN", "Not signed in: send Authorization: Bearer …")
+    if "admin" in query.role and not visitor.is_superuser:
+        raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
+    keep = string.punctuation.replace("%", "") + " "
+    return Response(
+        headers={
+            "Remote-User": str(visitor.id),
+            "Remote-Name": quote(visitor.full_name, safe=keep),
+            "Remote-Email": quote(visitor.email, safe=keep),
+            "Remote-Groups": visitor.role,
+        }
+    )
+
+
+@gate.get("/sign-in", include_in_schema=False)
+async def show_sign_in(request: Request, visitor: Visitor) -> Response:
+    """All that stands behind `next=` is the path: nginx cannot escape the & in it."""
+    _, _, path = request.url.query.partition("next=")
+    path = local_path(path if path.startswith("/") else unquote(path))
+    if visitor:
+        return gate_page("Welcome", SIGN_OUT_FORM, name=visitor.full_name, next=path)
+    return gate_page("Sign in", SIGN_IN_FORM, username="", next=path)
+
+
+@gate.post("/sign-in", dependencies=[Depends(check_origin)], include_in_schema=False)
+async def sign_in(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()],
+    request: Request,
+    read_session: ReadSession,
+    session: WriteSession,
+    next: Annotated[str, Form()] = "/",
+) -> Response:
+    path = local_path(next)
+    try:
+        user = await authenticate(form.username, form.password, request, read_session, session)
+    except APIError as error:
+        return gate_page("Sign in", SIGN_IN_FORM, error, username=form.username, next=path)
+    login_session = await open_login_session(session, user)
+    now = int(utc_now().timestamp())
+    end = int(login_session.expires_at.timestamp())
+    claims = {"sub": str(user.id), "sid": login_session.id, "jti": secrets.token_urlsafe()}
+    cookie = create_token(claims | {"type": "cookie", "iat": now, "exp": end})
+    options: Any = {"httponly": True, "samesite": "lax", "secure": request.url.scheme == "https"}
+    response = RedirectResponse(path, 303)
+    response.set_cookie(COOKIE, cookie, max_age=end - now, **options)
+    return response
+
+
+@gate.post("/sign-out", dependencies=[Depends(check_origin)], include_in_schema=False)
+async def sign_out(request: Request, session: WriteSession) -> Response:
+    with suppress(APIError):  # a cookie that is no longer good has no session
+        claims = decode_token(request.cookies.get(COOKIE, ""), "cookie")
+        await session.exec(sa.delete(LoginSession).where(col(LoginSession.id) == claims.sid))
+        await session.commit()
+    response = to_sign_in(request)
+    response.delete_cookie(COOKIE)
+    return response
+
+
+path_limits[f"{API}/auth/verify"] = None
+path_limits["POST /sign-in"] = AUTH_LIMIT
+body_limits["/sign-"] = 16 * 1024
+app.include_router(gate)
+
+
+# --- Forgotten passwords --------------------------------------------------------------------------
+# A link by mail, good for half an hour and for one use. It needs no table: its token holds a digest
+# of the password's hash, so a new password ends all links.
+
+RESET_MINUTES = 30
+FORGOT_FORM = string.Template("""<form method="post" action="forgot-password">
+<label>Email <input name="email" type="email" required autofocus autocomplete="username"></label>
+<button>Send me a link</button></form><a href="sign-in">Sign in</a>""")
+SENT_TEXT = string.Template("<p>If there is an account with this email, a link is under way.</p>")
+RESET_FORM = string.Template("""<form method="post" action="reset-password">
+<label>New password <input name="password" type="password" required minlength="8" autofocus
+  autocomplete="new-password"></label>
+<input name="token" type="hidden" value="$token"><button>Change password</button></form>
+<a href="forgot-password">Send me a new link</a>""")
+
+
+class PasswordForgotten(StrictBody):
+    email: Email
+
+
+class PasswordReset(StrictBody):
+    token: str
+    password: Password
+
+
+class ResetLink(SQLModel):
+    email: str
+    link: str
+
+
+def fingerprint(user: User) -> str:
+    return hashlib.sha256(f"{user.email} {user.hashed_password}".encode()).hexdigest()
+
+
+async def announce_link(user: User) -> None:
+    now = int(utc_now().timestamp())
+    claims = {"sub": str(user.id), "jti": fingerprint(user), "type": "reset", "iat": now}
+    token = create_token(claims | {"exp": now + RESET_MINUTES * 60})
+    link = f"{settings.public_url}/reset-password?token={token}"
+    await announce("user.forgot_password", ResetLink(email=user.email, link=link))
+
+
+async def request_link(
+    email: str, request: Request, background: BackgroundTasks, session: AsyncSession
+) -> None:
+    """Only after the answer something differs between emails that have an account and others."""
+    await limit_email(email, request)
+    statement = select(User).where(User.email == email, User.is_active)
+    user = (await session.exec(statement)).first()
+    if user:
+        background.add_task(announce_link, user)
+
+
+async def change_password(body: PasswordReset, session: AsyncSession) -> None:
+    claims = decode_token(body.token, "reset")
+    hashed_password = await hash_password(body.password)
+    user = await session.get(User, claims.sub, with_for_update=True)
+    if user is None or not user.is_active or fingerprint(user) != claims.jti:
+        raise APIError("INVALID_TOKEN", "This link was used before, or is too old")
+    user.hashed_password = hashed_password
+    await end_logins(session, user.id)
+    await session.commit()
+    logger.info("user %s: password changed by a link", user.id)
+
+
+passwords = APIRouter(tags=["auth"], responses=errors(422, 429))
+
+
+@passwords.post(f"{API}/auth/forgot-password", status_code=202)
+async def forgot_password(
+    body: PasswordForgotten, request: Request, background: BackgroundTasks, session: ReadSession
+) -> None:
+    """Get a link by mail to choose a new password. The answer is the same for every email."""
+    await request_link(body.email, request, background, session)
+
+
+@passwords.post(f"{API}/auth/reset-password", status_code=204, responses=errors(401))
+async def reset_password(body: PasswordReset, session: WriteSession) -> None:
+    """Choose a new password, with the token of the link. All your sessions end."""
+    await change_password(body, session)
+
+
+@passwords.get("/forgot-password", include_in_schema=False)
+async def show_forgot_password() -> Response:
+    return gate_page("Forgotten password", FORGOT_FORM)
+
+
+@passwords.post("/forgot-password", dependencies=[Depends(check_origin)], include_in_schema=False)
+async def send_forgot_password(
+    email: Annotated[Email, Form()],
+    request: Request,
+    background: BackgroundTasks,
+    session: ReadSession,
+) -> Response:
+    await request_link(email, request, background, session)
+    return gate_page("Look into your mail", SENT_TEXT)
+
+
+@passwords.get("/reset-password", include_in_schema=False)
+async def show_reset_password(token: str = "") -> Response:
+    return gate_page("New password", RESET_FORM, token=token)
+
+
+@passwords.post("/reset-password", dependencies=[Depends(check_origin)], include_in_schema=False)
+async def send_reset_password(
+    token: Annotated[str, Form()],
+    password: Annotated[str, Form()],
+    request: Request,
+    session: WriteSession,
+) -> Response:
+    try:
+        await change_password(PasswordReset(token=token, password=password), session)
+    except ValidationError:
+        detail = "Choose another one: 8 to 128 characters, and none that is guessed first"
+        wrong = APIError("VALIDATION_ERROR", detail)
+        return gate_page("New password", RESET_FORM, wrong, token=token)
+    except APIError as error:
+        return gate_page("New password", RESET_FORM, error, token=token)
+    return to_sign_in(request)
+
+
+sign_in_links.append('<a href="forgot-password">Forgot your password?</a>')
+for path in ("/forgot-password", "/reset-password"):
+    path_limits[f"{API}/auth{path}"] = AUTH_LIMIT
+    path_limits[f"POST {path}"] = AUTH_LIMIT
+    body_limits[path] = 16 * 1024
+app.include_router(passwords)
+
+
+# --- Redis ----------------------------------------------------------------------------------------
+# With REDIS_URL (Redis 7 or newer) several processes share limits, events, and the proof that what
+# they remember is fresh. While Redis does not answer, each goes on alone and remembers nothing.
+
+if settings.redis_url:  # an optional package
+    from redis import asyncio as redis
+    from redis.exceptions import RedisError
+
+REDIS_TIMEOUT = 0.15  # seconds
+REDIS_PAUSE = 1.0  # between attempts to reach it again: no request waits for them
+REDIS_DOUBT = 2 * (REDIS_PAUSE + REDIS_TIMEOUT)  # until all who lost it have reached it again
+HIT = """local count = redis.call("INCR", KEYS[1])
+    if count == 1 then redis.call("EXPIRE", KEYS[1], ARGV[1]) end
+    return {count, redis.call("PTTL", KEYS[1])}"""
+
+
+class SharedRedis:
+    """Commands that are called at the same time travel together: one connection is enough."""
+
+    is_up: bool | None = None  # None: not tried yet
+    is_behind = False  # there was a commit of which the other processes have not heard
+    is_trusted_at = 0.0
+    client: Any
+    hubs: dict[str, "EventHub"]
+
+    async def start(self) -> AsyncIterator[None]:
+        self.client = redis.from_url(str(settings.redis_url), decode_responses=True)
+        self.waiting: list[tuple[Callable[[Any], Any], asyncio.Future[Any]]] = []
+        self.sent = self.waiting
+        self.called = asyncio.Event()
+        self.last_ids: dict[str, str] = {}
+        tasks = [asyncio.create_task(self.repeat(step)) for step in (self.send, self.follow)]
+        yield
+        self.is_up = None
+        for task in tasks:
+            task.cancel()
+        await self.client.aclose()
+
+    async def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """What this method of redis-py returns, or None while Redis does not answer."""
+        if not self.is_up:
+            return None
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.waiting.append((methodcaller(method, *args, **options), answer))
+        self.called.set()
+        return await answer
+
+    async def execute(self, commands: list[Callable[[Any], Any]]) -> list[Any]:
+        pipeline = self.client.pipeline(transaction=False)
+        for command in commands:
+            command(pipeline)
+        async with asyncio.timeout(REDIS_TIMEOUT):
+            return list(await pipeline.execute())
+
+    async def repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await step()
+            except (RedisError, OSError) as error:
+                self.give_up(error)
+                await asyncio.sleep(REDIS_PAUSE)
+
+    def give_up(self, error: Exception) -> None:
+        if self.is_up is not False:
+            name = type(error).__name__
+            logger.error("Redis does not answer (%s): each process goes on alone", name)
+        self.is_up = False
+        for _, answer in (*self.sent, *self.waiting):
+            if not answer.done():
+                answer.set_result(None)
+        self.waiting = []
+        self.called.set()  # wakes `send`, which then tries to reach it again
+
+    async def send(self) -> None:
+        while not self.is_up:
+            self.is_behind = False
+            delete = methodcaller("delete", *generation_keys)
+            await self.execute([delete, methodcaller("set", "nutshell:up", 1)])
+            if not self.is_behind:  # else one more commit in the meantime
+                if self.is_up is False:
+                    logger.warning("Redis answers again")
+                self.is_up = True
+                self.is_trusted_at = perf_counter() + REDIS_DOUBT
+        await self.called.wait()
+        self.called.clear()
+        self.sent = self.waiting
+        self.waiting = []
+        results = await self.execute([command for command, _ in self.sent])
+        for (_, answer), result in zip(self.sent, results, strict=True):
+            if not answer.done():  # it is, when its request was cancelled
+                answer.set_result(result)
+
+    async def follow(self) -> None:
+        """Hands on what all processes publish, this one included."""
+        if not self.last_ids:
+            seconds, microseconds = await self.client.time()
+            now = f"{seconds * 1000 + microseconds // 1000}-0"
+            self.last_ids = dict.fromkeys(self.hubs, now)
+        for key, entries in await self.client.xread(self.last_ids, block=1000):
+            for event_id, event in entries:
+                self.last_ids[key] = event_id
+                post_id = int(event["post_id"])
+                await self.hubs[key].add(event["kind"], post_id, event["data"], event_id)
+
+    async def publish(self, key: str, kind: str, post_id: int, data: str) -> None:
+        event = {"kind": kind, "post_id": post_id, "data": data}
+        if await self.call("xadd", key, event, maxlen=MAX_EVENTS) is None:
+            await self.hubs[key].add(kind, post_id, data)
+
+
+class RedisWindows(WindowStore):
+    async def hit(self, key: str, seconds: int) -> tuple[int, float]:
+        answer = await shared.call("eval", HIT, 1, f"nutshell:limit:{key}", seconds)
+        if answer is None:
+            return await super().hit(key, seconds)
+        count, milliseconds = answer
+        return count, milliseconds / 1000
+
+
+class RedisGeneration(Generation):
+    """A commit deletes the value, which even a full Redis allows. The next who asks makes one."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    async def get(self) -> str | None:
+        if settings.cache_seconds == 0 or perf_counter() < shared.is_trusted_at:
+            return None
+        value: str | None = await shared.call(
+            "set", self.key, secrets.token_hex(8), nx=True, get=True
+        )
+        return value
+
+    async def renew(self) -> None:
+        if await shared.call("delete", self.key) is None:
+            shared.is_behind = True
+
+
+shared = SharedRedis()
+generation_keys = [f"nutshell:generation:{number}" for number in range(len(memories))]
+if settings.redis_url:
+    limiter.store = RedisWindows()
+    for memory, key in zip(memories, generation_keys, strict=True):
+        memory.generation = RedisGeneration(key)
+    shared.hubs = {"nutshell:events": events, "nutshell:chat": chat}
+    for key, hub in shared.hubs.items():
+        hub.bus = partial(shared.publish, key)
+    at_start(shared.start)
 
 
 # --- Demo -----------------------------------------------------------------------------------------
@@ -2599,14 +3032,18 @@ async def print_start_lines() -> AsyncIterator[None]:
     yield
 
 
-if __name__ == "__main__":
-    if not settings.production:
+if __name__ in ("__main__", "__mp_main__"):  # the latter in each of several processes
+    is_first = current_process().name in ("MainProcess", "SpawnProcess-1")
+    if is_first and not settings.production:
         at_start(print_start_lines)
+
+if __name__ == "__main__":
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
         "__main__:app",
         host=str(settings.host),
         port=settings.port,
+        workers=settings.web_concurrency,
         proxy_headers=bool(proxies),
         forwarded_allow_ips=proxies,
         server_header=False,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import redis
 from websockets.sync.client import connect
 
 import test_main
@@ -135,6 +136,34 @@ class Postgres:
         self.psql(f"CREATE DATABASE {database}")
         url = f"postgresql+asyncpg://postgres:hunter2@127.0.0.1:{self.port}/{database}"
         return {"DATABASE_URL": url, "SECRET_KEY": KEY}
+
+
+class Redis:
+    """A server of its own that keeps nothing on the disk."""
+
+    def __init__(self):
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = ["redis-server", "--port", str(self.port), "--save", ""]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: is_listening(self.port))
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait(10)
+
+    def configure(self, name, value, password=None):
+        """The others have to connect, and to sign in, anew."""
+        with redis.Redis(port=self.port, password=password) as client:
+            client.config_set(name, value)
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal")
+
+    def flush(self):
+        with redis.Redis(port=self.port) as client:
+            client.flushall()
 
 
 class Echo(BaseHTTPRequestHandler):

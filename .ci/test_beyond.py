@@ -37,7 +37,7 @@ import main
 import test_main
 from test_main import PASSWORD, as_person, assert_error, at_once, enter_room, is_healthy, listen
 from test_main import free_port, sign_up, wait_until, write_comment, write_post
-from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, environment, is_listening
+from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, Redis, environment, is_listening
 from servers import megabytes, run_caddy, run_chromium, run_nginx, serve
 
 FULL = os.environ.get("FULL") == "1"
@@ -112,10 +112,10 @@ def postgres():
     shutil.rmtree(postgres.folder)
 
 
-def test_all_of_test_main_passes_on_postgresql(postgres):
+def test_all_of_test_main_passes_on_postgresql_with_redis(postgres, redis):
     url = postgres.settings("test_main")["DATABASE_URL"]
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    env = environment(TEST_DATABASE_URL=url)
+    env = environment(TEST_DATABASE_URL=url, TEST_REDIS_URL=redis.url)
     done = subprocess.run([*command, "test_main.py"], cwd=ROOT, env=env, capture_output=True)
     print(done.stdout.decode())
     assert done.returncode == 0
@@ -158,6 +158,123 @@ def test_a_lock_that_postgresql_does_not_give_is_503(postgres, tmp_path):
         assert is_healthy(service.url)
         locked.result()
         assert ann.api.post("/posts", json=POST).status_code == 201
+
+
+# --- Redis ----------------------------------------------------------------------------------------
+
+FAULTS = {  # what happens, and how it ends
+    "frozen": (
+        lambda redis: redis.process.send_signal(signal.SIGSTOP),
+        lambda redis: redis.process.send_signal(signal.SIGCONT),
+    ),
+    "stopped": (Redis.stop, Redis.start),
+    "flushed": (Redis.flush, Redis.flush),
+    "full": (
+        lambda redis: redis.configure("maxmemory", "1"),
+        lambda redis: redis.configure("maxmemory", "0"),
+    ),
+    "locked": (
+        lambda redis: redis.configure("requirepass", "hunter2"),
+        lambda redis: redis.configure("requirepass", "", "hunter2"),
+    ),
+}
+
+
+@pytest.fixture
+def redis():
+    need("redis-server")
+    redis = Redis()
+    yield redis
+    redis.stop()
+
+
+@pytest.fixture
+def pair(tmp_path, redis):
+    """Two processes on one database, as WEB_CONCURRENCY=2 would start them."""
+    settings = {"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/both.db", "REDIS_URL": redis.url}
+    with serve(tmp_path / "a", **settings) as one, serve(tmp_path / "b", **settings) as other:
+        yield one, other
+        assert "Traceback" not in one.log() + other.log()
+
+
+def change_and_read(pair, ann, path, turns):
+    """What one process has changed, the other knows as soon as the answer is there. Returns the
+    seconds that each of the calls took."""
+    seconds = []
+    for turn in range(turns):
+        change = {"title": f"Turn {turn}"}
+        writer, reader = pair[:: 1 if turn % 2 else -1]
+        for method, service, body in (("PATCH", writer, change), *3 * [("GET", reader, None)]):
+            started = time.monotonic()
+            headers = ann.api.headers if body else None
+            answer = service.client.request(method, path, json=body, headers=headers)
+            seconds.append(time.monotonic() - started)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["title"] == change["title"]
+    return seconds
+
+
+def is_remembered(service, path):
+    return service.client.get(path).headers.get("x-cache") == "hit"
+
+
+def test_processes_share_what_is_fresh_and_who_is_asking(pair):
+    one, other = pair
+    ann = sign_up(one.client)
+    path = f"/posts/{write_post(ann)['id']}"
+    wait_until(lambda: is_remembered(one, path) and is_remembered(other, path), 10)
+    change_and_read(pair, ann, path, 100)
+    assert is_remembered(other, path)
+    for _ in range(2):
+        assert other.client.get("/users/me", headers=ann.api.headers).status_code == 200
+    ann.api.post("/auth/logout")
+    assert other.client.get("/users/me", headers=ann.api.headers).status_code == 401
+
+
+def test_processes_share_events_and_rooms(pair):
+    one, other = pair
+    ann, ben = sign_up(one.client), sign_up(other.client)
+    with listen(one.client) as here, listen(other.client) as there:
+        posts = [write_post(person) for person in (ann, ben) * 5]
+        for listener in (here, there):
+            assert [data["id"] for _, data in listener.wait(10)] == [post["id"] for post in posts]
+        assert here.ids == there.ids
+    with listen(other.client, {"Last-Event-ID": here.ids[3]}) as later:
+        assert later.wait(6) == here.events[4:]
+    with enter_room(one.url, ann, 1) as room, enter_room(other.url, ben, 1) as elsewhere:
+        for number, speaker in enumerate((room, elsewhere) * 3):
+            speaker.send(json.dumps({"type": "message", "text": str(number)}))
+            heard = [json.loads(listener.recv(5))["text"] for listener in (room, elsewhere)]
+            assert heard == 2 * [str(number)]
+
+
+def test_processes_share_limits(tmp_path, redis):
+    settings = {"REDIS_URL": redis.url, "RATE_LIMIT": "10/minute"}
+    with serve(tmp_path / "a", **settings) as one, serve(tmp_path / "b", **settings) as other:
+        answers = [service.client.get("/posts") for service in (one, other) * 6]
+        assert [answer.status_code for answer in answers] == 10 * [200] + 2 * [429]
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_without_redis_each_process_goes_on_alone_until_it_is_back(pair, redis, fault):
+    ann = sign_up(pair[0].client)
+    path = f"/posts/{write_post(ann)['id']}"
+    wait_until(lambda: all(is_remembered(service, path) for service in pair), 10)
+    begin, end = FAULTS[fault]
+    begin(redis)
+    slower = patience()
+    seconds = change_and_read(pair, ann, path, 40)
+    assert sum(took > 0.1 * slower for took in seconds) <= 2  # once in each process
+    assert max(seconds) < 0.2 * slower
+    end(redis)
+    change_and_read(pair, ann, path, 100)
+    wait_until(lambda: all(is_remembered(service, path) for service in pair), 10)
+    change_and_read(pair, ann, path, 20)
+    for service in pair:
+        print(*(line for line in service.log().splitlines() if "Redis" in line), sep="\n")
+        lost = service.log().count("ERROR")
+        assert lost == service.log().count("Redis answers again") == (fault != "flushed")
 
 
 # --- Start, stop, and what goes wrong in between --------------------------------------------------
