@@ -26,6 +26,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -51,8 +52,9 @@ SETTINGS = {
     "FIRST_SUPERUSER_PASSWORD": PASSWORD,
     "ADMIN_EMAIL": "editor@example.com",
 }
-if "TEST_DATABASE_URL" in os.environ:  # the same promises on PostgreSQL
+if "TEST_DATABASE_URL" in os.environ:  # the same promises on PostgreSQL with Redis
     SETTINGS["DATABASE_URL"] = os.environ["TEST_DATABASE_URL"]
+    SETTINGS["REDIS_URL"] = os.environ["TEST_REDIS_URL"]
     SETTINGS["SECRET_KEY"] = "a key of at least 32 bytes for tests"
 os.environ.update(SETTINGS)
 
@@ -320,13 +322,13 @@ BAD_SETTINGS = """
     ENVIRONMENT=staging LOG_LEVEL=loud DEMO=maybe HOST=nowhere.example PORT=abc PORT=70000
     DATABASE_URL=hunter2@app.db DATABASE_URL=sqlite:///hunter2.db CACHE_SECONDS=-1
     DATABASE_URL=sqlite+aiosqlite:///:memory: DATABASE_URL=postgresql+asyncpg://u:p@ss:hunter2@h/x
-    REDIS_URL=redis://hunter2@localhost CORS_ORIGINS=http://localhost:3000/ RATE_LIMIT=lots
+    REDIS_URL=http://:hunter2@localhost CORS_ORIGINS=http://localhost:3000/ RATE_LIMIT=lots
     AUTH_RATE_LIMIT=0/minute SECRET_KEY=hunter2 ACCESS_TOKEN_EXPIRE_MINUTES=525601
     REFRESH_TOKEN_EXPIRE_DAYS=3651 BCRYPT_ROUNDS=3 BCRYPT_ROUNDS=17 REGISTRATION=maybe
     FIRST_SUPERUSER_EMAIL=ann@example.com FIRST_SUPERUSER_PASSWORD=hunter2hunter2
     FIRST_SUPERUSER_PASSWORD=hunter2 PUBLIC_URL=hunter2 SMTP_URL=http://u:hunter2@localhost
     MAIL_FROM=nobody ADMIN_EMAIL=nobody SMTP_URL=smtp://u:hunter2@localhost:65536
-    WEB_CONCURRENCY=0 WEB_CONCURRENCY=2 FORWARDED_ALLOW_IPS=10.0.0.0/8,proxy
+    WEB_CONCURRENCY=0 WEB_CONCURRENCY=two FORWARDED_ALLOW_IPS=10.0.0.0/8,proxy
 """
 
 
@@ -349,11 +351,13 @@ def test_an_invalid_setting_stops_the_start_and_only_its_name_is_printed(load, c
         (PRODUCTION | {"CORS_ORIGINS": "*"}, "CORS_ORIGINS: "),
         (PRODUCTION | {"DEMO": "true"}, "DEMO: "),
         ({"DEMO": "true", "DATABASE_URL": "sqlite+aiosqlite:///hunter2"}, "DEMO: "),
+        ({"DEMO": "true", "WEB_CONCURRENCY": "2"}, "DEMO: "),
         ({"DATABASE_URL": "postgresql+asyncpg://h/x"}, "DATABASE_URL: .*pip install asyncpg=="),
+        ({"REDIS_URL": "redis://:hunter2@h"}, "REDIS_URL: .*pip install redis=="),
     ],
 )
 def test_contradicting_settings_stop_the_start(load, monkeypatch, capsys, settings, problem):
-    is_installed = "asyncpg==" not in problem
+    is_installed = "pip install" not in problem
     monkeypatch.setattr(main, "find_spec", lambda name: name if is_installed else None)
     with pytest.raises(SystemExit, match="3"):
         load(**settings)
@@ -707,8 +711,9 @@ def test_every_route_uses_an_overridden_session(calls, monkeypatch, name):
 
     monkeypatch.setitem(main.app.dependency_overrides, getattr(main, name), get_other_session)
     for api, method, _, path, about in calls:
-        reads = "security" in about or path.endswith("/login")
-        is_used = reads if name == "get_read_session" else method != "get"
+        reads = "security" in about or path.endswith(("/login", "/forgot-password"))
+        writes = method != "get" and not path.endswith("/forgot-password")
+        is_used = reads if name == "get_read_session" else writes
         with api.stream(method, path) as answer:
             assert (answer.status_code == 418) == is_used, path
 
@@ -743,7 +748,7 @@ def set_limits(monkeypatch, default="off", auth="off"):
     """Sets other limits, and starts to count anew."""
     monkeypatch.setattr(main.limiter, "store", main.WindowStore())
     monkeypatch.setattr(main, "DEFAULT_LIMIT", main.make_limit("default", default))
-    for path in (f"{main.API}/auth/register", f"{main.API}/auth/login"):
+    for path in [path for path, limit in main.path_limits.items() if limit]:
         monkeypatch.setitem(main.path_limits, path, main.make_limit("auth", auth))
 
 
@@ -935,6 +940,8 @@ def test_logins_and_checks_of_the_current_password_share_a_limit(client, monkeyp
     change["current_password"] = PASSWORD
     assert_error(ann.api.patch("/users/me", json=change), 429, "RATE_LIMITED")
     assert_error(try_login(client, ann.email.upper()), 429, "RATE_LIMITED")
+    answer = client.post("/auth/forgot-password", json={"email": ann.email})
+    assert_error(answer, 429, "RATE_LIMITED")
     assert not any("@" in key for key in main.limiter.store.new)  # they are digests
 
 
@@ -1235,25 +1242,6 @@ def test_a_start_promotes_the_first_superuser_and_deletes_expired_logins(
         assert as_person(later, ann.email, NEW_PASSWORD).api.get("/users?is_active=1").is_success
 
 
-# --- Verify ---------------------------------------------------------------------------------------
-
-
-def test_verify_returns_the_user_in_headers_and_refuses_misspelled_parameters(client):
-    ann = sign_up(client, email="Ann+%25~李@exämple.com", first_name="Änn %", last_name='"Lee",')
-    answer = ann.api.get("/auth/verify")
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert {name: value for name, value in answer.headers.items() if "remote" in name} == {
-        "remote-user": str(ann.id),
-        "remote-name": '%C3%84nn %25 "Lee",',
-        "remote-email": "ann+%2525~%E6%9D%8E@ex%C3%A4mple.com",
-        "remote-groups": "user",
-    }
-    assert answer.headers["cache-control"] == "private, no-store"
-    typos = "Role=admin roles=admin role role= role=Admin role=root role[]=admin x= sign_in"
-    for query in f"{typos} role=admin&role=user role=user&role=admin".split():
-        assert_error(ann.api.get(f"/auth/verify?{query}"), 422, "VALIDATION_ERROR")
-
-
 # --- Permissions ----------------------------------------------------------------------------------
 
 PERMISSIONS = [  # the statuses for an anonymous client, another user, the owner and a superuser
@@ -1319,6 +1307,7 @@ def test_permissions(client, ann, others, call, body, statuses):
 def test_every_route_has_its_permissions_tested(url, client):
     tested = {re.sub(r"\{\w+\}", "{}", call.partition("?")[0]) for call, *_ in CALLS}
     tested |= {f"POST /auth/{name}" for name in ("register", "login", "refresh", "logout")}
+    tested |= {f"POST /auth/{name}-password" for name in ("forgot", "reset")}
     paths = client.get(f"{url}/openapi.json").json()["paths"]
     for path in paths.keys() - {"/", "/health"}:
         for method in paths[path]:
@@ -1753,6 +1742,257 @@ def test_mails_without_smtp_are_printed_or_logged_in_production(client, monkeypa
     monkeypatch.setattr(main.settings, "environment", "production")
     sign_up(client)
     assert "mail not sent: SMTP_URL is not set" in caplog.text
+
+
+# --- The gate -------------------------------------------------------------------------------------
+
+VERIFY = "/api/v1/auth/verify"
+PATH = "/app?a=1&b=%20"
+
+
+@pytest.fixture
+def browser(url):
+    """A client that asks for pages and keeps cookies."""
+    with httpx.Client(base_url=url, headers={"Accept": "text/html"}, verify=NO_TLS) as browser:
+        yield browser
+
+
+def sign_in(browser, user, **fields):
+    form = {"username": user.email, "password": PASSWORD} | fields
+    return browser.post("/sign-in", data=form)
+
+
+def test_verify_returns_the_user_in_headers_and_refuses_misspelled_parameters(client):
+    ann = sign_up(client, email="Ann+%25~李@exämple.com", first_name="Änn %", last_name='"Lee",')
+    answer = ann.api.get("/auth/verify")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert {name: value for name, value in answer.headers.items() if "remote" in name} == {
+        "remote-user": str(ann.id),
+        "remote-name": '%C3%84nn %25 "Lee",',
+        "remote-email": "ann+%2525~%E6%9D%8E@ex%C3%A4mple.com",
+        "remote-groups": "user",
+    }
+    assert answer.headers["cache-control"] == "private, no-store"
+    typos = "Role=admin roles=admin role role= role=Admin role=root role[]=admin x= sign_in"
+    doubles = "role=admin&role=user role=user&role=admin sign_in=true&sign_in=true"
+    for query in f"{typos} {doubles}".split():
+        assert_error(ann.api.get(f"/auth/verify?{query}"), 422, "VALIDATION_ERROR")
+
+
+def test_a_browser_signs_in_on_the_way_to_an_app(browser, ann):
+    answer = browser.get(f"{VERIFY}?sign_in=true", headers={"X-Forwarded-Uri": PATH})
+    assert (answer.status_code, answer.headers["cache-control"]) == (302, "private, no-store")
+    assert answer.headers["location"] == "/sign-in?next=%2Fapp%3Fa%3D1%26b%3D%2520"
+    for address in answer.headers["location"], f"/sign-in?next={PATH}":  # nginx escapes nothing
+        assert 'name="next" type="hidden" value="/app?a=1&amp;b=%20"' in browser.get(address).text
+    answer = sign_in(browser, ann, next=PATH)
+    assert (answer.status_code, answer.headers["location"]) == (303, PATH)
+    assert browser.get(VERIFY).headers["remote-user"] == str(ann.id)
+    assert browser.get(f"{VERIFY}?role=admin").status_code == 403
+    assert "You are signed in as <b>Ann Lee</b>" in browser.get("/sign-in").text
+
+
+def test_signing_out_ends_the_session_of_the_cookie_alone(browser, client, ann):
+    sign_in(browser, ann)
+    cookie = dict(browser.cookies)
+    answer = browser.post("/sign-out")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
+    assert not browser.cookies
+    assert (
+        browser.get(VERIFY, headers={"Cookie": f"nutshell={cookie['nutshell']}"}).status_code == 401
+    )
+    assert 'action="sign-in"' in browser.get("/sign-in").text
+    assert browser.post("/sign-out").status_code == 303
+    assert ann.api.get("/users/me").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("sign_in=true", {"Accept": "application/json"}),
+        ("sign_in=true", {"X-Forwarded-Method": "POST"}),
+        ("sign_in=false", {}),
+        ("", {}),
+    ],
+)
+def test_only_a_browser_that_opens_a_page_is_led_to_sign_in(browser, query, headers):
+    assert_error(browser.get(f"{VERIFY}?{query}", headers=headers), 401, "INVALID_TOKEN")
+
+
+def test_the_cookie_lives_as_long_as_its_session_and_is_secure_on_https(production):
+    account = {"email": "ann@example.com", "password": PASSWORD}
+    production.post("/auth/register", json=account)
+    address = str(production.base_url.join("/sign-in"))
+    form = {"username": "ann@example.com", "password": PASSWORD}
+    answer = httpx.post(address, data=form, headers={"X-Forwarded-Proto": "https"}, verify=NO_TLS)
+    _, *attributes = answer.headers["set-cookie"].split("; ")
+    expected = ["HttpOnly", "Max-Age=604800", "Path=/", "SameSite=lax", "Secure"]
+    assert sorted(attributes) == expected
+
+
+def test_a_wrong_password_shows_the_page_again(browser, ann):
+    answer = sign_in(browser, ann, password=NEW_PASSWORD, next=PATH)
+    assert answer.status_code == 401
+    assert 'role="alert">Wrong email or password<' in answer.text
+    assert f'value="{ann.email}"' in answer.text
+    assert 'value="/app?a=1&amp;b=%20"' in answer.text
+    assert not browser.cookies
+    answer = browser.post("/sign-in", data={"username": '"><script>', "password": PASSWORD})
+    assert 'value="&quot;&gt;&lt;script&gt;"' in answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "app", "//evil.example", "///evil.example", "/\\evil.example", "\\\\evil.example"]
+    + ["/\t/evil.example", "/\n/evil.example", " //evil.example", "/" + "a" * 3_000]
+    + ["https://evil.example", "https:evil.example", "javascript:alert(1)", "/\r\nX: y"],
+)
+def test_next_never_leaves_this_host(browser, ann, path):
+    for query in path, quote(path, safe=""):
+        with suppress(httpx.InvalidURL):
+            assert (
+                'name="next" type="hidden" value="/">' in browser.get(f"/sign-in?next={query}").text
+            )
+    assert sign_in(browser, ann, next=path).headers["location"] == "/"
+
+
+def test_a_cookie_is_no_token_and_a_token_is_no_cookie(browser, client, ann):
+    sign_in(browser, ann)
+    cookie = browser.cookies["nutshell"]
+    for path in "/api/v1/users/me", "/api/v1/posts", VERIFY:
+        answer = browser.get(path, headers={"Authorization": f"Bearer {cookie}"})
+        assert_error(answer, 401, "INVALID_TOKEN")
+    assert_error(browser.get("/api/v1/users/me"), 401, "INVALID_TOKEN")
+    assert_error(browser.post("/api/v1/posts", json=POST), 401, "INVALID_TOKEN")
+    assert_error(refresh(client, {"refresh_token": cookie}), 401, "INVALID_TOKEN")
+    for kind in "access_token", "refresh_token":
+        browser.cookies.set("nutshell", ann.tokens[kind])
+        assert_error(browser.get(VERIFY), 401, "INVALID_TOKEN")
+
+
+def test_a_cookie_ends_with_its_user(browser, ann, admin):
+    sign_in(browser, ann)
+    admin.api.patch(f"/users/{ann.id}", json={"role": "admin"})
+    assert browser.get(f"{VERIFY}?role=admin").status_code == 200
+    admin.api.patch(f"/users/{ann.id}", json={"is_active": False})
+    assert browser.get(VERIFY).status_code == 401
+    answer = browser.get(f"{VERIFY}?sign_in=true")  # a cookie that is no longer good counts as none
+    assert answer.headers["location"] == "/sign-in?next=%2F"
+
+
+FORMS = {
+    "/sign-in": {"username": "nobody@example.com", "password": PASSWORD},
+    "/sign-out": {},
+    "/forgot-password": {"email": "nobody@example.com"},
+    "/reset-password": {"token": "x", "password": PASSWORD},
+}
+
+
+@pytest.mark.parametrize(("path", "form"), FORMS.items())
+def test_the_form_of_another_site_is_refused(browser, url, path, form):
+    for origin in "http://evil.example", "null", f"{url}.evil.example":
+        answer = browser.post(path, data=form, headers={"Origin": origin})
+        assert_error(answer, 403, "INSUFFICIENT_PERMISSIONS")
+    assert browser.post(path, data=form, headers={"Origin": url}).status_code in (200, 303, 401)
+
+
+def test_pages_have_no_script_and_stay_out_of_frames_and_caches(browser):
+    for path in "/sign-in", "/forgot-password", "/reset-password?token=x":
+        answer = browser.get(path)
+        assert answer.headers["cache-control"] == "private, no-store"
+        policy = answer.headers["content-security-policy"]
+        assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+        assert "script" not in answer.text + policy
+
+
+def test_forms_are_limited_like_logins_and_looking_at_them_is_not(browser, monkeypatch):
+    set_limits(monkeypatch, auth="2/minute")
+    for path, form in FORMS.items():
+        statuses = [browser.get(path.replace("out", "in")).status_code for _ in range(5)]
+        assert statuses == [200] * 5
+        answers = [browser.post(path, data=form).status_code for _ in range(3)]
+        assert (429 in answers) == (path != "/sign-out")
+        main.limiter.store = main.WindowStore()
+
+
+# --- Forgotten passwords --------------------------------------------------------------------------
+
+
+def forget(client, email):
+    answer = client.post("/auth/forgot-password", json={"email": email})
+    assert (answer.status_code, answer.text) == (202, "null")
+
+
+def get_links(mail_server, user, number=1):
+    wait_until(lambda: len(mail_server.mails_to(user.email)) >= number)
+    mails = [mail.get_content() for mail in mail_server.mails_to(user.email)]
+    return re.findall(
+        r"^http://localhost:8000/reset-password\?token=(\S+)\s*$", "".join(mails), re.M
+    )
+
+
+def reset(client, token, password=NEW_PASSWORD):
+    return client.post("/auth/reset-password", json={"token": token, "password": password})
+
+
+def test_a_link_is_for_one_new_password(client, ann, mail_server, caplog):
+    for host in "localhost", "evil.example":
+        client.post("/auth/forgot-password", json={"email": ann.email}, headers={"Host": host})
+    first, second = get_links(mail_server, ann, 2)
+    claims = jwt.get_unverified_claims(first)
+    assert claims["exp"] - claims["iat"] == 30 * 60
+    assert_error(reset(client, first, "password"), 422, "VALIDATION_ERROR")
+    assert reset(client, first).status_code == 204
+    assert f"user {ann.id}: password changed by a link" in caplog.text
+    assert_signed_out(client, ann.tokens)
+    assert try_login(client, ann.email, PASSWORD).status_code == 401
+    assert try_login(client, ann.email, NEW_PASSWORD).status_code == 200
+    for token in first, second:
+        assert_error(reset(client, token), 401, "INVALID_TOKEN")
+
+
+def test_forgot_password_does_not_reveal_who_has_an_account(client, ann, admin, mail_server):
+    admin.api.patch(f"/users/{ann.id}", json={"is_active": False})
+    for email in ann.email, "nobody@example.com", ADMIN_EMAIL.upper():
+        forget(client, email)
+    wait_until(lambda: mail_server.mails_to(ADMIN_EMAIL))
+    assert len(mail_server.mails) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"email": "new{}"}, {"password": "another-horse"}, {"is_active": False}]
+)
+def test_a_link_ends_when_the_account_changes(client, ann, admin, mail_server, change):
+    forget(client, ann.email)
+    (token,) = get_links(mail_server, ann)
+    body = {
+        name: str(value).format(ann.email) if value else value for name, value in change.items()
+    }
+    assert admin.api.patch(f"/users/{ann.id}", json=body).status_code == 200
+    assert_error(reset(client, token), 401, "INVALID_TOKEN")
+
+
+def test_a_link_ends_after_half_an_hour(client, ann, mail_server, monkeypatch):
+    monkeypatch.setattr(main, "RESET_MINUTES", -1)
+    forget(client, ann.email)
+    (token,) = get_links(mail_server, ann)
+    assert_error(reset(client, token), 401, "INVALID_TOKEN")
+
+
+def test_a_forgotten_password_is_changed_in_a_browser(browser, ann, mail_server):
+    assert 'href="forgot-password"' in browser.get("/sign-in").text
+    answer = browser.post("/forgot-password", data={"email": ann.email})
+    assert (answer.status_code, "a link is under way" in answer.text) == (200, True)
+    (token,) = get_links(mail_server, ann)
+    form = {"token": token, "password": "password"}
+    assert f'value="{token}"' in browser.get(f"/reset-password?token={token}").text
+    answer = browser.post("/reset-password", data=form)
+    assert (answer.status_code, 'role="alert">Choose another' in answer.text) == (422, True)
+    answer = browser.post("/reset-password", data=form | {"password": NEW_PASSWORD})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
+    assert sign_in(browser, ann, password=NEW_PASSWORD).status_code == 303
+    answer = browser.post("/reset-password", data=form | {"password": NEW_PASSWORD})
+    assert (answer.status_code, "This link was used before" in answer.text) == (401, True)
 
 
 # --- Demo -----------------------------------------------------------------------------------------
