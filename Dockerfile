@@ -6,8 +6,8 @@ ENV PYTHONUNBUFFERED=1 \
 RUN useradd --system --uid 10001 nutshell \
     && install --directory --owner=nutshell /data
 
-# Packages change rarely and come first; what stands below "# tests" stays out. For PostgreSQL build with
-# --build-arg EXTRAS="asyncpg==0.32.0".
+# Packages change rarely and come first; what stands below "# tests" stays out. For PostgreSQL and Redis
+# build with --build-arg EXTRAS="asyncpg==0.32.0 redis==8.1.0".
 ARG EXTRAS=""
 COPY requirements.txt /app/
 RUN sed '/^# tests/,$d' /app/requirements.txt > /tmp/requirements.txt \

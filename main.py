@@ -2300,7 +2300,7 @@ listeners.append(mail_what_happened)
 # People sign in on a page without a script, and get a cookie that is good for this chapter alone.
 
 COOKIE = "nutshell"
-LOCAL_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")  # `//` and `\` may lead to another host
+LOCAL_PATH = re.compile(r"/(?!/)[!-\[\]-~]{0,2000}")  # `//` and `\` may lead to another host
 GATE_STYLE = """
   :root { color-scheme: light dark; --nut: light-dark(#85480f, #f0b566);
     --card: light-dark(#fff, #26201b); --alert: light-dark(#b3261e, #ff9d94) }
@@ -2615,7 +2615,6 @@ class SharedRedis:
     """Commands that are called at the same time travel together: one connection is enough."""
 
     is_up: bool | None = None  # None: not tried yet
-    is_behind = False  # there was a commit of which the other processes have not heard
     is_trusted_at = 0.0
     client: Any
     hubs: dict[str, "EventHub"]
@@ -2623,7 +2622,6 @@ class SharedRedis:
     async def start(self) -> AsyncIterator[None]:
         self.client = redis.from_url(str(settings.redis_url), decode_responses=True)
         self.waiting: list[tuple[Callable[[Any], Any], asyncio.Future[Any]]] = []
-        self.sent = self.waiting
         self.called = asyncio.Event()
         self.last_ids: dict[str, str] = {}
         tasks = [asyncio.create_task(self.repeat(step)) for step in (self.send, self.follow)]
@@ -2662,30 +2660,29 @@ class SharedRedis:
             name = type(error).__name__
             logger.error("Redis does not answer (%s): each process goes on alone", name)
         self.is_up = False
-        for _, answer in (*self.sent, *self.waiting):
+        for _, answer in self.waiting:
             if not answer.done():
                 answer.set_result(None)
         self.waiting = []
         self.called.set()  # wakes `send`, which then tries to reach it again
 
     async def send(self) -> None:
-        while not self.is_up:
-            self.is_behind = False
-            delete = methodcaller("delete", *generation_keys)
-            await self.execute([delete, methodcaller("set", "nutshell:up", 1)])
-            if not self.is_behind:  # else one more commit in the meantime
-                if self.is_up is False:
-                    logger.warning("Redis answers again")
-                self.is_up = True
-                self.is_trusted_at = perf_counter() + REDIS_DOUBT
+        if not self.is_up:
+            await self.execute([methodcaller("set", "nutshell:up", 1)])
+            if self.is_up is False:
+                logger.warning("Redis answers again")
+            self.is_up = True
+            self.is_trusted_at = perf_counter() + REDIS_DOUBT
+            # The others have not heard of this process's commits in the meantime.
+            await self.execute([methodcaller("delete", *generation_keys)])
         await self.called.wait()
         self.called.clear()
-        self.sent = self.waiting
-        self.waiting = []
-        results = await self.execute([command for command, _ in self.sent])
-        for (_, answer), result in zip(self.sent, results, strict=True):
+        waiting = self.waiting
+        results = await self.execute([command for command, _ in waiting])
+        for (_, answer), result in zip(waiting, results, strict=False):
             if not answer.done():  # it is, when its request was cancelled
                 answer.set_result(result)
+        del waiting[: len(results)]  # more may have come
 
     async def follow(self) -> None:
         """Hands on what all processes publish, this one included."""
@@ -2729,8 +2726,7 @@ class RedisGeneration(Generation):
         return value
 
     async def renew(self) -> None:
-        if await shared.call("delete", self.key) is None:
-            shared.is_behind = True
+        await shared.call("delete", self.key)
 
 
 shared = SharedRedis()

@@ -227,7 +227,10 @@ class Window:
         return answer["result"].get("value")
 
     def text(self):
-        return " ".join(self.do("document.body?.innerText ?? ''").split())
+        try:
+            return " ".join(self.do("document.body?.innerText ?? ''").split())
+        except KeyError:  # there is no result while a page is left
+            return ""
 
     def see(self, *texts):
         try:
