@@ -1832,7 +1832,7 @@ def test_the_cookie_lives_as_long_as_its_session_and_is_secure_on_https(producti
 
 def test_a_wrong_password_shows_the_page_again(browser, ann):
     answer = sign_in(browser, ann, password=NEW_PASSWORD, next=PATH)
-    assert answer.status_code == 401
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert 'role="alert">Wrong email or password<' in answer.text
     assert f'value="{ann.email}"' in answer.text
     assert 'value="/app?a=1&amp;b=%20"' in answer.text
@@ -1859,6 +1859,7 @@ def test_next_never_leaves_this_host(browser, ann, path):
 def test_a_cookie_is_no_token_and_a_token_is_no_cookie(browser, client, ann):
     sign_in(browser, ann)
     cookie = browser.cookies["nutshell"]
+    assert (browser.get(VERIFY).status_code, ann.api.get("/users/me").status_code) == (200, 200)
     for path in "/api/v1/users/me", "/api/v1/posts", VERIFY:
         answer = browser.get(path, headers={"Authorization": f"Bearer {cookie}"})
         assert_error(answer, 401, "INVALID_TOKEN")
@@ -1905,14 +1906,18 @@ def test_pages_have_no_script_and_stay_out_of_frames_and_caches(browser):
         assert "script" not in answer.text + policy
 
 
-def test_forms_are_limited_like_logins_and_looking_at_them_is_not(browser, monkeypatch):
+def test_forms_are_limited_like_logins_and_looking_at_them_is_not(client, browser, monkeypatch):
     set_limits(monkeypatch, auth="2/minute")
     for path, form in FORMS.items():
         statuses = [browser.get(path.replace("out", "in")).status_code for _ in range(5)]
         assert statuses == [200] * 5
+        assert browser.post(path, data={"next": 17_000 * "x"}).status_code == 413
         answers = [browser.post(path, data=form).status_code for _ in range(3)]
         assert (429 in answers) == (path != "/sign-out")
-        main.limiter.store = main.WindowStore()
+        set_limits(monkeypatch, auth="2/minute")
+    for path in "/auth/forgot-password", "/auth/reset-password":
+        assert [client.post(path).status_code for _ in range(3)] == [422, 422, 429]
+        set_limits(monkeypatch, auth="2/minute")
 
 
 # --- Forgotten passwords --------------------------------------------------------------------------
