@@ -165,6 +165,12 @@ class Redis:
         with redis.Redis(port=self.port) as client:
             client.flushall()
 
+    def allow(self, user, is_allowed):
+        with redis.Redis(port=self.port) as client:
+            client.acl_setuser(user, enabled=is_allowed, nopass=True, keys="*", commands=["+@all"])
+            if not is_allowed:
+                client.client_kill_filter(user=user)
+
 
 class Echo(BaseHTTPRequestHandler):
     """An app behind a proxy: it answers with the headers that it was sent."""

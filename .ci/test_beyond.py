@@ -224,7 +224,7 @@ def test_processes_share_what_is_fresh_and_who_is_asking(pair):
     ann = sign_up(one.client)
     path = f"/posts/{write_post(ann)['id']}"
     wait_until(lambda: is_remembered(one, path) and is_remembered(other, path), 10)
-    change_and_read(pair, ann, path, 100)
+    change_and_read(pair, ann, path, 50)
     assert is_remembered(other, path)
     for _ in range(2):
         assert other.client.get("/users/me", headers=ann.api.headers).status_code == 200
@@ -269,13 +269,47 @@ def test_without_redis_each_process_goes_on_alone_until_it_is_back(pair, redis, 
     assert sum(took > 0.1 * slower for took in seconds) <= 2  # once in each process
     assert max(seconds) < 0.2 * slower
     end(redis)
-    change_and_read(pair, ann, path, 100)
+    change_and_read(pair, ann, path, 50)
     wait_until(lambda: all(is_remembered(service, path) for service in pair), 10)
     change_and_read(pair, ann, path, 20)
     for service in pair:
         print(*(line for line in service.log().splitlines() if "Redis" in line), sep="\n")
         lost = service.log().count("ERROR")
         assert lost == service.log().count("Redis answers again") == (fault != "flushed")
+
+
+def test_a_process_that_lost_redis_alone_is_heard_when_it_is_back(tmp_path, redis):
+    for user in "ab":
+        redis.allow(user, True)
+    url = redis.url.replace("127", "{}:@127")
+    settings = {"DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/both.db"}
+    one, other = (serve(tmp_path / user, **settings, REDIS_URL=url.format(user)) for user in "ab")
+    with one as one, other as other:
+        ann = sign_up(one.client)
+        path = f"/posts/{write_post(ann)['id']}"
+        wait_until(lambda: is_remembered(one, path) and is_remembered(other, path), 10)
+
+        def change(service, title):
+            body, headers = {"title": title}, ann.api.headers
+            assert service.client.patch(path, json=body, headers=headers).status_code == 200
+
+        def title(service):
+            return service.client.get(path).json()["title"]
+
+        redis.allow("a", False)
+        change(one, "Unheard")
+        redis.allow("a", True)
+        wait_until(lambda: "Redis answers again" in one.log())
+        assert wait_until(lambda: title(other) == "Unheard", 0.1)
+        wait_until(lambda: is_remembered(one, path) and is_remembered(other, path), 10)
+        for user in "ab":  # both lose it, and the other comes back later
+            redis.allow(user, False)
+        redis.allow("a", True)
+        wait_until(lambda: one.log().count("Redis answers again") == 2)
+        for number in range(3):
+            assert not is_remembered(one, path)
+            change(other, f"Unheard {number}")
+            assert title(one) == f"Unheard {number}"
 
 
 # --- Start, stop, and what goes wrong in between --------------------------------------------------
