@@ -2609,6 +2609,7 @@ REDIS_DOUBT = 2 * (REDIS_PAUSE + REDIS_TIMEOUT)  # until all who lost it have re
 HIT = """local count = redis.call("INCR", KEYS[1])
     if count == 1 then redis.call("EXPIRE", KEYS[1], ARGV[1]) end
     return {count, redis.call("PTTL", KEYS[1])}"""
+generation_keys = [f"nutshell:generation:{number}" for number in range(len(memories))]
 
 
 class SharedRedis:
@@ -2702,6 +2703,9 @@ class SharedRedis:
             await self.hubs[key].add(kind, post_id, data)
 
 
+shared = SharedRedis()
+
+
 class RedisWindows(WindowStore):
     async def hit(self, key: str, seconds: int) -> tuple[int, float]:
         answer = await shared.call("eval", HIT, 1, f"nutshell:limit:{key}", seconds)
@@ -2729,8 +2733,6 @@ class RedisGeneration(Generation):
         await shared.call("delete", self.key)
 
 
-shared = SharedRedis()
-generation_keys = [f"nutshell:generation:{number}" for number in range(len(memories))]
 if settings.redis_url:
     limiter.store = RedisWindows()
     for memory, key in zip(memories, generation_keys, strict=True):
