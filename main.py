@@ -143,6 +143,8 @@ def check_database_url(value: str) -> str:
 def check_redis_url(value: AnyUrl) -> AnyUrl:
     if find_spec("redis") is None:
         raise ValueError("needs a package: pip install redis==8.1.0")
+    if value.query:
+        raise ValueError("must have no options behind a ?")
     return value
 
 
@@ -2252,7 +2254,8 @@ def deliver(to: str, subject: str, body: str) -> None:
 
 def deliver_or_log(to: str, subject: str, body: str) -> None:
     try:
-        deliver(to, subject, body)
+        if to:
+            deliver(to, subject, body)
     except Exception as error:  # the email package raises all kinds; its text may hold the email
         logger.error("mail not sent: %s", type(error).__name__)
     finally:
@@ -2332,7 +2335,7 @@ GATE_HEADERS = {
     "Cache-Control": "private, no-store",
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; "
     "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "same-origin",  # with no-referrer the Origin of a form would be null
+    "Referrer-Policy": "strict-origin",  # with no-referrer the Origin of a form would be null
 }
 sign_in_links: list[str] = []  # that chapters add below the form
 
@@ -2345,14 +2348,15 @@ def gate_page(
     filled = form.substitute(safe, links="\n".join(sign_in_links))
     alert = html.escape(str(error.detail)) if error else ""
     page = GATE_PAGE.substitute(title=title, style=GATE_STYLE, alert=alert, form=filled)
+    content = page.encode(errors="replace")  # a form may hold half of a surrogate pair
     if error is None:
-        return HTMLResponse(page, headers=GATE_HEADERS)
-    return HTMLResponse(page, error.status_code, GATE_HEADERS | dict(error.headers or {}))
+        return HTMLResponse(content, headers=GATE_HEADERS)
+    return HTMLResponse(content, error.status_code, GATE_HEADERS | dict(error.headers or {}))
 
 
 def to_sign_in(request: Request, query: str = "") -> Response:
     path = f"{request.scope.get('root_path', '')}/sign-in{query}"
-    return RedirectResponse(path, 302 if query else 303)
+    return RedirectResponse(path, 302 if query else 303, GATE_HEADERS)
 
 
 def local_path(path: str) -> str:
@@ -2444,7 +2448,7 @@ async def sign_in(
     claims = {"sub": str(user.id), "sid": login_session.id, "jti": secrets.token_urlsafe()}
     cookie = create_token(claims | {"type": "cookie", "iat": now, "exp": end})
     options: Any = {"httponly": True, "samesite": "lax", "secure": request.url.scheme == "https"}
-    response = RedirectResponse(path, 303)
+    response = RedirectResponse(path, 303, GATE_HEADERS)
     response.set_cookie(COOKIE, cookie, max_age=end - now, **options)
     return response
 
@@ -2492,7 +2496,7 @@ class PasswordReset(StrictBody):
 
 
 class ResetLink(SQLModel):
-    email: str
+    email: str  # empty if there is no account
     link: str
 
 
@@ -2511,12 +2515,11 @@ async def announce_link(user: User) -> None:
 async def request_link(
     email: str, request: Request, background: BackgroundTasks, session: AsyncSession
 ) -> None:
-    """Only after the answer something differs between emails that have an account and others."""
+    """The same work for every email: the time that it takes must not tell who has an account."""
     await limit_email(email, request)
     statement = select(User).where(User.email == email, User.is_active)
-    user = (await session.exec(statement)).first()
-    if user:
-        background.add_task(announce_link, user)
+    nobody = User(id=0, email="", hashed_password=DECOY_HASH)
+    background.add_task(announce_link, (await session.exec(statement)).first() or nobody)
 
 
 async def change_password(body: PasswordReset, session: AsyncSession) -> None:
@@ -2601,7 +2604,6 @@ app.include_router(passwords)
 
 if settings.redis_url:  # an optional package
     from redis import asyncio as redis
-    from redis.exceptions import RedisError
 
 REDIS_TIMEOUT = 0.15  # seconds
 REDIS_PAUSE = 1.0  # between attempts to reach it again: no request waits for them
@@ -2652,7 +2654,7 @@ class SharedRedis:
         while True:
             try:
                 await step()
-            except (RedisError, OSError) as error:
+            except Exception as error:  # also what Redis holds that is not ours
                 self.give_up(error)
                 await asyncio.sleep(REDIS_PAUSE)
 

@@ -322,7 +322,7 @@ BAD_SETTINGS = """
     ENVIRONMENT=staging LOG_LEVEL=loud DEMO=maybe HOST=nowhere.example PORT=abc PORT=70000
     DATABASE_URL=hunter2@app.db DATABASE_URL=sqlite:///hunter2.db CACHE_SECONDS=-1
     DATABASE_URL=sqlite+aiosqlite:///:memory: DATABASE_URL=postgresql+asyncpg://u:p@ss:hunter2@h/x
-    REDIS_URL=http://:hunter2@localhost CORS_ORIGINS=http://localhost:3000/ RATE_LIMIT=lots
+    REDIS_URL=http://:hunter2@localhost REDIS_URL=redis://:hunter2@localhost?db=0 CORS_ORIGINS=http://localhost:3000/ RATE_LIMIT=lots
     AUTH_RATE_LIMIT=0/minute SECRET_KEY=hunter2 ACCESS_TOKEN_EXPIRE_MINUTES=525601
     REFRESH_TOKEN_EXPIRE_DAYS=3651 BCRYPT_ROUNDS=3 BCRYPT_ROUNDS=17 REGISTRATION=maybe
     FIRST_SUPERUSER_EMAIL=ann@example.com FIRST_SUPERUSER_PASSWORD=hunter2hunter2
@@ -1839,6 +1839,10 @@ def test_a_wrong_password_shows_the_page_again(browser, ann):
     assert not browser.cookies
     answer = browser.post("/sign-in", data={"username": '"><script>', "password": PASSWORD})
     assert 'value="&quot;&gt;&lt;script&gt;"' in answer.text
+    form = {"username": (None, "+2AA-"), "password": (None, PASSWORD), "token": (None, "+2AA-")}
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=utf-7"}  # half a pair
+    for path in "/sign-in", "/reset-password":
+        assert browser.post(path, files=form, headers=headers).status_code == 401
 
 
 @pytest.mark.parametrize(

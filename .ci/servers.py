@@ -165,6 +165,12 @@ class Redis:
         with redis.Redis(port=self.port) as client:
             client.flushall()
 
+    def spoil(self):
+        """Puts in what is not ours."""
+        with redis.Redis(port=self.port) as client:
+            client.mset({f"nutshell:generation:{number}": b"\xff\xfe" for number in range(2)})
+            client.xadd("nutshell:events", {"foo": "bar"})
+
     def allow(self, user, is_allowed):
         with redis.Redis(port=self.port) as client:
             client.acl_setuser(user, enabled=is_allowed, nopass=True, keys="*", commands=["+@all"])

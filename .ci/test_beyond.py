@@ -170,6 +170,7 @@ FAULTS = {  # what happens, and how it ends
     ),
     "stopped": (Redis.stop, Redis.start),
     "flushed": (Redis.flush, Redis.flush),
+    "spoilt": (Redis.spoil, Redis.flush),
     "full": (
         lambda redis: redis.configure("maxmemory", "1"),
         lambda redis: redis.configure("maxmemory", "0"),
@@ -493,6 +494,7 @@ def test_behind_a_trusted_proxy_clients_are_counted_by_their_own_address(tmp_pat
 # --- Proxies --------------------------------------------------------------------------------------
 
 LIES = {"Remote-User": "1", "Remote-Groups": "admin", "Remote-Email": "x@y.zz", "Remote_User": "1"}
+LIES |= {"Remote-Name": "Eve"}
 
 
 @pytest.fixture(scope="module")
@@ -524,6 +526,7 @@ def assert_told(answer, person, role="user"):
     headers = [(name.lower().replace("_", "-"), value) for name, value in answer.json()]
     told = [pair for pair in headers if pair[0].startswith("remote-")]
     truth = {"remote-user": str(person.id), "remote-groups": role, "remote-email": person.email}
+    truth |= {"remote-name": f"user {person.id}"}
     assert sorted(told) == sorted(truth.items())
 
 
@@ -565,6 +568,15 @@ def test_a_browser_signs_in_and_is_where_it_wanted_to_be(front, service):
     assert front.get("/Admin", headers=LIES).status_code == 403
     assert front.post("/sign-out", headers=own).headers["location"] == "/sign-in"
     assert is_kept_out(front.get("/any"))
+
+
+def test_the_gate_lets_a_websocket_of_the_app_pass(front, service):
+    """The app takes it for a GET, and says what it was told."""
+    ann = sign_up(service.client)
+    handshake = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    handshake |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    assert_told(front.get("/any", headers=handshake | bearer(ann)), ann)
+    assert is_kept_out(front.get("/any", headers=handshake))
 
 
 def test_the_proxy_refuses_a_client_without_a_good_token(front, service):
