@@ -46,7 +46,7 @@ import ssl
 import string
 import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
@@ -407,12 +407,8 @@ class StartError(Exception):
     """Ends the start with its text as one line."""
 
 
-def set_pragmas(connection: Any, _: Any) -> None:
-    connection.run_async(lambda raw: raw.executescript(PRAGMAS))
-
-
-def forbid_writes(connection: Any, _: Any) -> None:
-    connection.run_async(lambda raw: raw.executescript("PRAGMA query_only=ON"))
+def set_pragmas(connection: Any, _: Any, pragmas: str = PRAGMAS) -> None:
+    connection.run_async(lambda raw: raw.executescript(pragmas))
 
 
 def on_begin(connection: sa.Connection) -> None:
@@ -448,7 +444,9 @@ if settings.sqlite_file:
         sa.event.listen(engine.sync_engine, "connect", set_pragmas)
     sa.event.listen(write_engine.sync_engine, "begin", on_begin)
     sa.event.listen(write_engine.sync_engine, "reset", on_reset)
-    sa.event.listen(read_engine.sync_engine, "connect", forbid_writes)
+    sa.event.listen(
+        read_engine.sync_engine, "connect", partial(set_pragmas, pragmas="PRAGMA query_only=ON")
+    )
 else:
     timeouts = {"lock_timeout": "5000", "statement_timeout": "5000"}
     options |= {"connect_args": {"timeout": 5, "server_settings": timeouts}, "pool_pre_ping": True}
@@ -513,7 +511,7 @@ class Memory:
 
 @sa.event.listens_for(Session, "after_flush")
 def note_rows(session: Session, _: Any) -> None:
-    """Notes which tables are written to."""
+    """A session knows which tables it has written to."""
     rows = (*session.new, *session.dirty, *session.deleted)
     session.info.setdefault("written", set()).update(row.__tablename__ for row in rows)
 
@@ -531,13 +529,13 @@ async def forget(tables: set[str]) -> None:
 
 
 class WritingSession(AsyncSession):
-    """Its commit makes what was remembered unknown."""
+    """Each commit empties what was remembered."""
 
     async def commit(self) -> None:
         try:
             await super().commit()
         finally:  # a COMMIT that was cut off may have been done nevertheless
-            await forget(self.info.pop("written", {ANY_TABLE}))
+            await forget(self.info.pop("written", {ANY_TABLE}))  # SQL as text is not noted
 
     async def close(self) -> None:
         try:
@@ -595,9 +593,8 @@ async def open_database() -> AsyncIterator[None]:
     async with prepare_database() as session:
         await (await session.connection()).run_sync(make_tables)
     yield
-    await read_engine.dispose()
-    await health_engine.dispose()
-    await write_engine.dispose()
+    for engine in (read_engine, health_engine, write_engine):
+        await engine.dispose()
 
 
 # --- Schemas --------------------------------------------------------------------------------------
@@ -637,7 +634,7 @@ class StrictBody(SQLModel):
 #                       Live events and Mail.
 #   3. Each request     `app.user_middleware`, in this order: RequestMiddleware and CORS,
 #                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
-#   4. Shared stores    `limiter.store`, `hub.bus`, `memory.generation` may be replaced.
+#   4. Shared stores    `limiter.store`, `hub.publish`, `memory.generation` may be replaced.
 #
 # Chapters also add their paths to `body_limits` and `path_limits`, and lines to `notices`.
 
@@ -1013,8 +1010,7 @@ async def verify_password(password: str, hashed_password: str) -> bool:
 
 
 def read_or_make_secret(file: Path) -> bytes:
-    if not file.exists():
-        file.touch(mode=0o600)
+    file.touch(mode=0o600)
     if not file.read_bytes():
         file.write_text(secrets.token_urlsafe(48))
     return file.read_bytes().strip()
@@ -1048,7 +1044,9 @@ class TokenClaims(BaseModel):
     exp: int
 
 
-def create_token(claims: dict[str, Any]) -> str:
+def create_token(kind: TokenType, user_id: int, expires: datetime, **claims: Any) -> str:
+    claims = {"jti": secrets.token_urlsafe(), "iat": utc_now()} | claims
+    claims |= {"type": kind, "sub": str(user_id), "exp": expires}
     return str(jwt.encode(claims, get_signing_key(), "HS256"))
 
 
@@ -1170,7 +1168,7 @@ class TokenBearer(OAuth2PasswordBearer):
 
 
 async def check_origin(request: HTTPConnection) -> None:
-    """For what a browser sends without asking: no page of another site may act for a user."""
+    """For requests that browsers send to other sites, too: these must not act for a user."""
     origin = request.headers.get("origin")
     host = request.headers.get("host")
     known = {f"http://{host}", f"https://{host}", *settings.cors_origins}
@@ -1180,13 +1178,6 @@ async def check_origin(request: HTTPConnection) -> None:
 
 BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
 ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
-
-
-class Identity(NamedTuple):
-    """Who a token stands for, until it expires."""
-
-    expires: int
-    user: UserRead
 
 
 identities = Memory(independent_of=frozenset({"post", "comment"}))
@@ -1212,14 +1203,14 @@ async def identify(
     request: HTTPConnection, token: str, kind: TokenType, session: AsyncSession
 ) -> UserRead:
     """The user that this token stands for."""
-    generation, identity = await identities.get((kind, token))
-    if identity is None or identity.expires <= utc_now().timestamp():
+    generation, remembered = await identities.get((kind, token))
+    expires, me = remembered or (0, None)
+    if me is None or expires <= utc_now().timestamp():
         claims = decode_token(token, kind)
         user, _ = await find_login(session, claims)
         await session.close()  # hold no reader while waiting for the writer or for bcrypt
-        identity = Identity(claims.exp, UserRead.model_validate(user))
-        identities.keep((kind, token), identity, len(token) + 5_000, generation)
-    me: UserRead = identity.user
+        me = UserRead.model_validate(user)
+        identities.keep((kind, token), (claims.exp, me), len(token) + 5_000, generation)
     request.state.user_id = me.id  # for the log
     return me
 
@@ -1265,20 +1256,23 @@ async def add_user(session: AsyncSession, body: UserCreate, hashed_password: str
     return UserRead.model_validate(user)
 
 
+SignInForm = Annotated[OAuth2PasswordRequestForm, Depends()]
+
+
 async def authenticate(
-    email: str, password: str, request: Request, read_session: AsyncSession, session: AsyncSession
+    form: SignInForm, request: Request, read_session: ReadSession, session: WriteSession
 ) -> User:
     """The user with this email and password. What is wrong shows neither in the text nor in the
     time that it takes."""
     try:
-        email = normalize_email(email)
+        email = normalize_email(form.username)
     except ValueError:
         email = ""  # no account has it
     digest = await limit_email(email, request)
     found = (await read_session.exec(select(User).where(User.email == email))).first()
     await read_session.close()  # hashing takes a while: others need the connection
     hashed_password = found.hashed_password if found else DECOY_HASH
-    is_correct = await verify_password(password, hashed_password)
+    is_correct = await verify_password(form.password, hashed_password)
     user = None
     if found and found.is_active and is_correct:  # look again: hashing has taken a while
         user = await session.get(User, found.id, with_for_update=True)
@@ -1302,18 +1296,14 @@ async def open_login_session(session: AsyncSession, user: User) -> LoginSession:
 def create_tokens(login_session: LoginSession, response: Response) -> Token:
     """The refresh token follows from the row alone: two who ask at once get the same one."""
     response.headers["Cache-Control"] = "no-store"
-    now = int(utc_now().timestamp())
-    end = int(login_session.expires_at.timestamp())
-    expires = min(end, now + settings.access_token_expire_minutes * 60)
-    names = {"sub": str(login_session.user_id), "sid": login_session.id}
-    access = {"jti": secrets.token_urlsafe(), "type": "access", "iat": now, "exp": expires}
-    since = int(login_session.refreshed_at.timestamp())
-    refresh = {"jti": login_session.refresh_jti, "type": "refresh", "iat": since, "exp": end}
-    return Token(
-        access_token=create_token(names | access),
-        refresh_token=create_token(names | refresh),
-        expires_in=expires - now,
-    )
+    row = login_session
+    now = utc_now()
+    expires = min(row.expires_at, now + timedelta(minutes=settings.access_token_expire_minutes))
+    access = create_token("access", row.user_id, expires, sid=row.id)
+    claims = {"sid": row.id, "jti": row.refresh_jti, "iat": row.refreshed_at}
+    refresh = create_token("refresh", row.user_id, row.expires_at, **claims)
+    seconds = int((expires - now).total_seconds())
+    return Token(access_token=access, refresh_token=refresh, expires_in=seconds)
 
 
 auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422, 429))
@@ -1334,14 +1324,9 @@ async def register(body: UserCreate, session: WriteSession) -> UserRead:
 
 @auth.post("/login", responses=errors(401))
 async def login(
-    form: Annotated[OAuth2PasswordRequestForm, Depends()],
-    request: Request,
-    response: Response,
-    read_session: ReadSession,
-    session: WriteSession,
+    user: Annotated[User, Depends(authenticate)], session: WriteSession, response: Response
 ) -> Token:
     """Sign in: send the email as `username`."""
-    user = await authenticate(form.username, form.password, request, read_session, session)
     return create_tokens(await open_login_session(session, user), response)
 
 
@@ -1673,9 +1658,7 @@ app.include_router(posts)
 
 
 @app.get(f"{API}/users/me/posts", tags=["posts"], responses=errors(401, 422, 429))
-async def list_own_posts(
-    query: PageParams, me: CurrentUser, session: ReadSession
-) -> Page[PostRead]:
+async def list_my_posts(query: PageParams, me: CurrentUser, session: ReadSession) -> Page[PostRead]:
     """Your own posts, newest first, drafts included."""
     statement = select(Post).where(Post.author_id == me.id)
     return await paginate(session, statement, (col(Post.id).desc(),), query, PostRead)
@@ -1982,10 +1965,6 @@ async def collect_answer(app: ASGIApp, scope: Scope, receive: Receive) -> Answer
     return Answer(messages[0]["status"], messages[0]["headers"], body, etag)
 
 
-def is_cached(path: str) -> bool:
-    return path == f"{API}/posts" or path.startswith(f"{API}/posts/")
-
-
 class CacheMiddleware:
     """In front of FastAPI, for GETs of posts and comments without a token."""
 
@@ -1993,8 +1972,9 @@ class CacheMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_get = scope.get("method") == "GET" and is_cached(scope["state"]["path"])
-        if not is_get or app.dependency_overrides:  # an override may know the user otherwise
+        is_get = scope.get("method") == "GET"
+        is_public = is_get and f"{scope['state']['path']}/".startswith(f"{API}/posts/")
+        if not is_public or app.dependency_overrides:  # an override may know the user otherwise
             return await self.app(scope, receive, send)
         request_headers = scope["state"]["request_headers"]
         headers = scope["state"]["response_headers"]
@@ -2042,7 +2022,7 @@ class Event(NamedTuple):
 
 class EventHub:
     def __init__(self) -> None:
-        self.bus: Callable[[str, int, str], Awaitable[None]] = self.add
+        self.publish: Callable[[str, int, str], Awaitable[None]] = self.add
         self.reset()
         at_start(self.start)
 
@@ -2055,9 +2035,6 @@ class EventHub:
         self.position = 1  # behind the newest event: so many have ever been in the log
         self.log = deque([Event(f"{self.run}-0", "reset", 0, "{}")], maxlen=MAX_BEHIND)
         self.changed = asyncio.Event()
-
-    async def publish(self, kind: str, post_id: int, data: str) -> None:
-        await self.bus(kind, post_id, data)
 
     async def add(self, kind: str, post_id: int, data: str, event_id: str | None = None) -> None:
         self.log.append(Event(event_id or f"{self.run}-{self.position}", kind, post_id, data))
@@ -2088,7 +2065,7 @@ class EventHub:
 
 
 events = EventHub()
-listening: Counter[str] = Counter()  # by client
+listening: list[str] = []  # clients, each as often as it listens
 
 
 async def publish_event(kind: EventKind, subject: Any) -> None:
@@ -2103,15 +2080,13 @@ listeners.append(publish_event)
 async def get_listener_place(request: HTTPConnection) -> AsyncIterator[None]:
     """Counts open streams and rooms, until they are closed."""
     client = client_key(request.state.client)
-    if listening.total() >= MAX_LISTENERS or listening[client] >= MAX_LISTENERS_OF_CLIENT:
+    if len(listening) >= MAX_LISTENERS or listening.count(client) >= MAX_LISTENERS_OF_CLIENT:
         raise APIError("UNAVAILABLE", "Too many listeners, try again")
-    listening[client] += 1
+    listening.append(client)
     try:
         yield
     finally:
-        listening[client] -= 1
-        if not listening[client]:
-            del listening[client]
+        listening.remove(client)
 
 
 ListenerPlace = Annotated[None, Depends(get_listener_place)]
@@ -2385,7 +2360,7 @@ class VerifyQuery(BaseModel):
 
     model_config = {"extra": "forbid"}
 
-    # Lists, since of several values a plain field would take the last.
+    # Lists, since of several values a plain field takes the last: ?role=admin&role=user must fail.
     role: list[Role] = Field(default=["user"], max_length=1)
     sign_in: list[bool] = Field(default=[False], max_length=1)
 
@@ -2421,7 +2396,7 @@ async def verify(
 
 @gate.get("/sign-in", include_in_schema=False)
 async def show_sign_in(request: Request, visitor: Visitor) -> Response:
-    """All that stands behind `next=` is the path: nginx cannot escape the & in it."""
+    """The path is all that stands behind `next=`: nginx sends it as it is, Caddy escaped."""
     _, _, path = request.url.query.partition("next=")
     path = local_path(path if path.startswith("/") else unquote(path))
     if visitor:
@@ -2431,7 +2406,7 @@ async def show_sign_in(request: Request, visitor: Visitor) -> Response:
 
 @gate.post("/sign-in", dependencies=[Depends(check_origin)], include_in_schema=False)
 async def sign_in(
-    form: Annotated[OAuth2PasswordRequestForm, Depends()],
+    form: SignInForm,
     request: Request,
     read_session: ReadSession,
     session: WriteSession,
@@ -2439,17 +2414,15 @@ async def sign_in(
 ) -> Response:
     path = local_path(next)
     try:
-        user = await authenticate(form.username, form.password, request, read_session, session)
+        user = await authenticate(form, request, read_session, session)
     except APIError as error:
         return gate_page("Sign in", SIGN_IN_FORM, error, username=form.username, next=path)
     login_session = await open_login_session(session, user)
-    now = int(utc_now().timestamp())
-    end = int(login_session.expires_at.timestamp())
-    claims = {"sub": str(user.id), "sid": login_session.id, "jti": secrets.token_urlsafe()}
-    cookie = create_token(claims | {"type": "cookie", "iat": now, "exp": end})
+    cookie = create_token("cookie", user.id, login_session.expires_at, sid=login_session.id)
     options: Any = {"httponly": True, "samesite": "lax", "secure": request.url.scheme == "https"}
+    options["max_age"] = settings.refresh_token_expire_days * 24 * 3_600
     response = RedirectResponse(path, 303, GATE_HEADERS)
-    response.set_cookie(COOKIE, cookie, max_age=end - now, **options)
+    response.set_cookie(COOKIE, cookie, **options)
     return response
 
 
@@ -2505,24 +2478,31 @@ def fingerprint(user: User) -> str:
 
 
 async def announce_link(user: User) -> None:
-    now = int(utc_now().timestamp())
-    claims = {"sub": str(user.id), "jti": fingerprint(user), "type": "reset", "iat": now}
-    token = create_token(claims | {"exp": now + RESET_MINUTES * 60})
+    expires = utc_now() + timedelta(minutes=RESET_MINUTES)
+    token = create_token("reset", user.id, expires, jti=fingerprint(user))
     link = f"{settings.public_url}/reset-password?token={token}"
     await announce("user.forgot_password", ResetLink(email=user.email, link=link))
 
 
-async def request_link(
-    email: str, request: Request, background: BackgroundTasks, session: AsyncSession
+passwords = APIRouter(tags=["auth"], responses=errors(422, 429))
+
+
+@passwords.post(f"{API}/auth/forgot-password", status_code=202)
+async def forgot_password(
+    body: PasswordForgotten, request: Request, background: BackgroundTasks, session: ReadSession
 ) -> None:
-    """The same work for every email: the time that it takes must not tell who has an account."""
-    await limit_email(email, request)
-    statement = select(User).where(User.email == email, User.is_active)
+    """Get a link by mail to choose a new password. The answer is the same for every email."""
+    await limit_email(body.email, request)
+    statement = select(User).where(User.email == body.email, User.is_active)
+    found = (await session.exec(statement)).first()
+    # The same work where there is no account, or the time would tell.
     nobody = User(id=0, email="", hashed_password=DECOY_HASH)
-    background.add_task(announce_link, (await session.exec(statement)).first() or nobody)
+    background.add_task(announce_link, found or nobody)
 
 
-async def change_password(body: PasswordReset, session: AsyncSession) -> None:
+@passwords.post(f"{API}/auth/reset-password", status_code=204, responses=errors(401))
+async def reset_password(body: PasswordReset, session: WriteSession) -> None:
+    """Choose a new password, with the token of the link. All your sessions end."""
     claims = decode_token(body.token, "reset")
     hashed_password = await hash_password(body.password)
     user = await session.get(User, claims.sub, with_for_update=True)
@@ -2534,23 +2514,6 @@ async def change_password(body: PasswordReset, session: AsyncSession) -> None:
     logger.info("user %s: password changed by a link", user.id)
 
 
-passwords = APIRouter(tags=["auth"], responses=errors(422, 429))
-
-
-@passwords.post(f"{API}/auth/forgot-password", status_code=202)
-async def forgot_password(
-    body: PasswordForgotten, request: Request, background: BackgroundTasks, session: ReadSession
-) -> None:
-    """Get a link by mail to choose a new password. The answer is the same for every email."""
-    await request_link(body.email, request, background, session)
-
-
-@passwords.post(f"{API}/auth/reset-password", status_code=204, responses=errors(401))
-async def reset_password(body: PasswordReset, session: WriteSession) -> None:
-    """Choose a new password, with the token of the link. All your sessions end."""
-    await change_password(body, session)
-
-
 @passwords.get("/forgot-password", include_in_schema=False)
 async def show_forgot_password() -> Response:
     return gate_page("Forgotten password", FORGOT_FORM)
@@ -2558,12 +2521,12 @@ async def show_forgot_password() -> Response:
 
 @passwords.post("/forgot-password", dependencies=[Depends(check_origin)], include_in_schema=False)
 async def send_forgot_password(
-    email: Annotated[Email, Form()],
+    form: Annotated[PasswordForgotten, Form()],
     request: Request,
     background: BackgroundTasks,
     session: ReadSession,
 ) -> Response:
-    await request_link(email, request, background, session)
+    await forgot_password(form, request, background, session)
     return gate_page("Look into your mail", SENT_TEXT)
 
 
@@ -2580,7 +2543,7 @@ async def send_reset_password(
     session: WriteSession,
 ) -> Response:
     try:
-        await change_password(PasswordReset(token=token, password=password), session)
+        await reset_password(PasswordReset(token=token, password=password), session)
     except ValidationError:
         detail = "Choose another one: 8 to 128 characters, and none that is guessed first"
         wrong = APIError("VALIDATION_ERROR", detail)
@@ -2607,7 +2570,9 @@ if settings.redis_url:  # an optional package
 
 REDIS_TIMEOUT = 0.15  # seconds
 REDIS_PAUSE = 1.0  # between attempts to reach it again: no request waits for them
-REDIS_DOUBT = 2 * (REDIS_PAUSE + REDIS_TIMEOUT)  # until all who lost it have reached it again
+# So long after it is back another process may not know it yet, and commit unheard.
+REDIS_DOUBT = 2 * (REDIS_PAUSE + REDIS_TIMEOUT)
+# Redis runs this script in one step.
 HIT = """local count = redis.call("INCR", KEYS[1])
     if count == 1 then redis.call("EXPIRE", KEYS[1], ARGV[1]) end
     return {count, redis.call("PTTL", KEYS[1])}"""
@@ -2615,12 +2580,13 @@ generation_keys = [f"nutshell:generation:{number}" for number in range(len(memor
 
 
 class SharedRedis:
-    """Commands that are called at the same time travel together: one connection is enough."""
+    """Commands that are called at the same time are sent in one pipeline. With a connection for
+    each call lists were half as fast."""
 
     is_up: bool | None = None  # None: not tried yet
     is_trusted_at = 0.0
     client: Any
-    hubs: dict[str, "EventHub"]
+    hubs: dict[str, "EventHub"]  # quoted: without REDIS_URL this works where there are no events
 
     async def start(self) -> AsyncIterator[None]:
         self.client = redis.from_url(str(settings.redis_url), decode_responses=True)
@@ -2718,7 +2684,8 @@ class RedisWindows(WindowStore):
 
 
 class RedisGeneration(Generation):
-    """A commit deletes the value, which even a full Redis allows. The next who asks makes one."""
+    """A commit deletes the value, which even a full Redis allows. The next process that asks sets
+    a new one, and gets None."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -2726,9 +2693,8 @@ class RedisGeneration(Generation):
     async def get(self) -> str | None:
         if settings.cache_seconds == 0 or perf_counter() < shared.is_trusted_at:
             return None
-        value: str | None = await shared.call(
-            "set", self.key, secrets.token_hex(8), nx=True, get=True
-        )
+        new = secrets.token_hex(8)
+        value: str | None = await shared.call("set", self.key, new, nx=True, get=True)
         return value
 
     async def renew(self) -> None:
@@ -2741,7 +2707,7 @@ if settings.redis_url:
         memory.generation = RedisGeneration(key)
     shared.hubs = {"nutshell:events": events, "nutshell:chat": chat}
     for key, hub in shared.hubs.items():
-        hub.bus = partial(shared.publish, key)
+        hub.publish = partial(shared.publish, key)
     at_start(shared.start)
 
 
@@ -3011,11 +2977,9 @@ async def print_start_lines() -> AsyncIterator[None]:
     url = sa.make_url(settings.database_url)
     file = settings.sqlite_file
     data = file.absolute() if file else f"{url.host}, database {url.database}"
-    statement = (
-        select(User.email).where(User.role == "admin", User.is_active).order_by(col(User.id))
-    )
+    statement = select(User.email).where(User.role == "admin", User.is_active).limit(3)
     async with AsyncSession(read_engine) as session:
-        admins = ", ".join(await session.exec(statement.limit(3)))
+        admins = ", ".join(await session.exec(statement))
     how = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
     print(f"Nutshell  {address}\ndocs      {address}/docs\ndata      {data}")
     print(f"admin     {admins or how}")
@@ -3025,7 +2989,8 @@ async def print_start_lines() -> AsyncIterator[None]:
     yield
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the latter in each of several processes
+# Each of several processes imports this file as __mp_main__. Only the first of them prints.
+if __name__ in ("__main__", "__mp_main__"):
     is_first = current_process().name in ("MainProcess", "SpawnProcess-1")
     if is_first and not settings.production:
         at_start(print_start_lines)
@@ -3033,14 +2998,14 @@ if __name__ in ("__main__", "__mp_main__"):  # the latter in each of several pro
 if __name__ == "__main__":
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
-        "__main__:app",
+        "__main__:app",  # a string, since each of several processes imports it
         host=str(settings.host),
         port=settings.port,
         workers=settings.web_concurrency,
         proxy_headers=bool(proxies),
         forwarded_allow_ips=proxies,
         server_header=False,
-        log_config=None,
+        log_config=None,  # ours is set up in the lifespan
         log_level="warning",
         access_log=False,
         timeout_keep_alive=75,  # longer than nginx keeps a connection, or it meets a closed one
