@@ -1006,7 +1006,7 @@ MEASURED = {  # what two processes on PostgreSQL and Redis reach at least, of on
 def requests_per_second(service, path, token, body, folder):
     script = 'wrk.method = "POST"\nwrk.headers["Content-Type"] = "application/json"\n'
     (folder / "post.lua").write_text(f"{script}wrk.body = {json.dumps(json.dumps(body))}")
-    command = ["wrk", "-t1", "-c32", "-d3s", service.url + path]
+    command = ["wrk", "-t1", "-c32", "-d2s", service.url + path]
     command += ["-s", folder / "post.lua"] if body else []
     if body or path.endswith("/me"):
         command += ["-H", f"Authorization: Bearer {token}"]
