@@ -1336,7 +1336,7 @@ PUBLIC = VARY | {"cache-control": "public, max-age=0, must-revalidate"}
 
 
 def get_cache_headers(answer):
-    names = ("cache-control", "vary", "etag", "x-cache")
+    names = ["cache-control", "vary", "etag"] + ["x-cache"] * on_sqlite
     return {name: answer.headers[name] for name in names if name in answer.headers}
 
 
@@ -1524,14 +1524,15 @@ def test_a_slow_client_does_not_delay_others(url, client, ann, ben, monkeypatch)
         monkeypatch.setattr(main, "listeners", [publish_often])
         ann.api.patch(f"/posts/{post}", json={"content": "New"})
         assert {kind for kind, _ in listener.wait(1_500)} == {"post.updated"}
-        run, _, first = listener.ids[0].partition("-")
-        assert listener.ids == [f"{run}-{int(first) + number}" for number in range(1_500)]
+        assert len(set(listener.ids)) == 1_500
         assert [hear(room)["id"] for _ in range(1_500)] == listener.ids
     with listen(client, last_event_id=listener.ids[499]) as again:
         assert len(again.wait(1_000)) == 1_000
         assert again.ids == listener.ids[500:]
     with listen(client, last_event_id=listener.ids[498]) as too_late:
         assert too_late.wait(1) == [("reset", {})]
+    if not on_sqlite:  # from Redis they come one by one: nobody falls behind
+        return
     monkeypatch.setattr(main.events, "log", deque(maxlen=100))
     with listen(client) as too_slow:
         ann.api.patch(f"/posts/{post}", json={"content": "Newer"})

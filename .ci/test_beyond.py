@@ -470,13 +470,17 @@ def test_a_backup_made_under_load_is_restored_as_readme_shows(tmp_path):
         assert service.client.get("/users/me", headers=ann.api.headers).status_code == 200
 
 
-@pytest.mark.parametrize("option", ["--reload", "--workers=2"])
-def test_uvicorn_serves_the_same_and_its_children_remember_nothing(tmp_path, option):
-    with serve(tmp_path, *UVICORN, "main:app", option) as service:
+@pytest.mark.parametrize("option", ["--reload", "--workers=2", "WEB_CONCURRENCY=2"])
+def test_several_processes_serve_the_same_and_remember_nothing(tmp_path, option):
+    is_setting = option.startswith("WEB")
+    command = MAIN if is_setting else [*UVICORN, "main:app", option]
+    settings = dict([option.split("=")]) if is_setting else {}
+    with serve(tmp_path, *command, **settings) as service:
         post = write_post(sign_up(service.client))
         answers = [service.client.get(f"/posts/{post['id']}") for _ in range(10)]
         assert [answer.json() for answer in answers] == 10 * [post]
         assert [answer.headers.get("x-cache") for answer in answers] == 10 * [None]
+        assert service.log().count("Nutshell  http://") == is_setting  # one of them says where
 
 
 def test_behind_a_trusted_proxy_clients_are_counted_by_their_own_address(tmp_path):
@@ -807,6 +811,10 @@ def test_page_docs_and_cache_work_under_a_prefix(open_window, tmp_path):
         window.see("Under a prefix by Dora", "Events: post.published")
         answers = [service.client.get("/posts") for _ in range(2)]
         assert answers[1].headers["x-cache"] == "hit"
+        page = {"Accept": "text/html"}
+        answer = service.client.get("/auth/verify?sign_in=true", headers=page)
+        assert answer.headers["location"] == "/nut/sign-in?next=%2F"
+        assert httpx.post(f"{service.url}/sign-out").headers["location"] == "/nut/sign-in"
         window.press("All calls")
         window.see("/api/v1/posts")
         assert window.complaints() == []
