@@ -1,6 +1,7 @@
-"""What the tests of test_beyond.py start: services, PostgreSQL, proxies, and a browser."""
+"""What the tests of test_beyond.py start: services, databases, proxies, a browser; and measures."""
 # ruff: noqa: S101, S603
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ import redis
 from websockets.sync.client import connect
 
 import test_main
-from test_main import PASSWORD, SETTINGS, free_port, is_healthy, wait_until
+from test_main import PASSWORD, SETTINGS, at_once, free_port, is_healthy, wait_until
 
 ROOT = Path(test_main.__file__).parent
 MAIN = [sys.executable, str(ROOT / "main.py")]
@@ -39,6 +41,56 @@ def is_listening(port):
 def megabytes(process_id):
     status = Path(f"/proc/{process_id}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+def time_of(work):
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def patience():
+    """How many times longer than on an idle machine work takes here that keeps all cores busy."""
+
+    def work(_):
+        started, cpu = time.monotonic(), time.thread_time()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000)
+        return (time.monotonic() - started) / (time.thread_time() - cpu)
+
+    return max(1, *at_once(os.cpu_count(), work))
+
+
+def times_of_reads(service, seconds=3):
+    """The median, and the one that one of a hundred exceeds."""
+    times = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        times.append(time_of(lambda: service.client.get("/posts").raise_for_status()))
+        time.sleep(0.005)
+    return statistics.median(times), statistics.quantiles(times, n=100)[98]
+
+
+def requests_per_second(service, path, token, body, folder):
+    script = 'wrk.method = "POST"\nwrk.headers["Content-Type"] = "application/json"\n'
+    (folder / "post.lua").write_text(f"{script}wrk.body = {json.dumps(json.dumps(body))}")
+    command = ["wrk", "-t1", "-c32", "-d2s", service.url + path]
+    command += ["-s", folder / "post.lua"] if body else []
+    if body or path.endswith("/me"):
+        command += ["-H", f"Authorization: Bearer {token}"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Non-2xx" not in told, told
+    return float(re.search(r"Requests/sec: +([\d.]+)", told)[1])
+
+
+def send_raw(port, lines, body="", address="127.0.0.1"):
+    """A connection on which a request was sent. Little of the answer arrives until it is read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    connection.bind((address, 0))
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(f"{lines}\r\nHost: x\r\n\r\n{body}".encode())
+    return closing(connection)
 
 
 class Service(NamedTuple):
@@ -156,10 +208,14 @@ class Redis:
         self.process.wait(10)
 
     def configure(self, name, value, password=None):
-        """The others have to connect, and to sign in, anew."""
         with redis.Redis(port=self.port, password=password) as client:
             client.config_set(name, value)
-            client.execute_command("CLIENT", "KILL", "TYPE", "normal")
+
+    def lock(self):
+        """All have to connect anew, and then need a password."""
+        with redis.Redis(port=self.port) as client:
+            client.config_set("requirepass", "hunter2")
+            client.client_kill_filter(_type="normal")
 
     def flush(self):
         with redis.Redis(port=self.port) as client:
