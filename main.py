@@ -399,8 +399,6 @@ MAX_REMEMBERED_BYTES = 16 * 1024 * 1024
 PRAGMAS = """PRAGMA busy_timeout=5000; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
     PRAGMA foreign_keys=ON"""
 ANY_TABLE = "*"  # what a statement such as DELETE writes to
-# On SQLite any statement takes the lock: on_begin does.
-START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(7361))
 
 
 class StartError(Exception):
@@ -433,7 +431,7 @@ def on_connect_postgres(dialect: Any, _: Any, args: Any, kwargs: Any) -> Any:
 
 options: dict[str, Any] = {"pool_timeout": 5, "hide_parameters": True}
 if settings.sqlite_file:
-    # AUTOCOMMIT: there is no transaction but the one that on_begin begins.
+    # AUTOCOMMIT: the driver begins nothing by itself, on_begin does.
     options |= {"max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
     write_engine = create_async_engine(settings.database_url, pool_size=1, **options)
     # A reader has nothing to roll back.
@@ -502,7 +500,7 @@ class Memory:
     def keep(self, key: Any, value: Any, size: int, generation: str | None) -> None:
         """Remembers what was read after `get` had returned this generation."""
         if generation is None or generation != self.current or size > MAX_REMEMBERED_BYTES:
-            return
+            return  # among others: there was a commit while it was read
         if len(self.entries) >= MAX_REMEMBERED or self.bytes + size > MAX_REMEMBERED_BYTES:
             self.clear(generation)
         self.entries[key] = value
@@ -562,6 +560,10 @@ async def get_write_session() -> AsyncIterator[AsyncSession]:
 # With scope "function" a connection is free when the route returns, before the answer is sent.
 ReadSession = Annotated[AsyncSession, Depends(get_read_session, scope="function")]
 WriteSession = Annotated[AsyncSession, Depends(get_write_session, scope="function")]
+
+
+# On SQLite the first statement, whatever it is, takes the write lock: see on_begin.
+START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(7361))
 
 
 @asynccontextmanager
@@ -1158,7 +1160,8 @@ class TokenBearer(OAuth2PasswordBearer):
     async def __call__(self, request: HTTPConnection) -> str | None:
         header = request.headers.get("Authorization")
         protocols = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        is_socket = request.scope["type"] == "websocket"  # over HTTP the cache would not see it
+        # Over HTTP the cache looks at Authorization alone, so no other header may carry a token.
+        is_socket = request.scope["type"] == "websocket"
         if header is None and is_socket and protocols[0] == "bearer":  # how a browser sends it
             return protocols[-1].strip()
         if header is None:
@@ -1171,8 +1174,8 @@ async def check_origin(request: HTTPConnection) -> None:
     """For requests that browsers send to other sites, too: these must not act for a user."""
     origin = request.headers.get("origin")
     host = request.headers.get("host")
-    known = {f"http://{host}", f"https://{host}", *settings.cors_origins}
-    if origin and origin not in known and "*" not in known:
+    allowed = {f"http://{host}", f"https://{host}", *settings.cors_origins}
+    if origin and origin not in allowed and "*" not in allowed:
         raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
 
 
@@ -2032,7 +2035,7 @@ class EventHub:
 
     def reset(self) -> None:
         self.run = secrets.token_hex(4)
-        self.position = 1  # behind the newest event: so many have ever been in the log
+        self.position = 1  # the number that the next event gets
         self.log = deque([Event(f"{self.run}-0", "reset", 0, "{}")], maxlen=MAX_BEHIND)
         self.changed = asyncio.Event()
 
@@ -2058,7 +2061,7 @@ class EventHub:
                 position = self.position
                 yield self.log[-1]._replace(kind="reset", data="{}")
             else:
-                event = self.log[position - self.position]
+                event = self.log[position - self.position]  # counted from the end
                 position += 1
                 if post_id in (None, event.post_id):
                     yield event
@@ -2329,9 +2332,9 @@ def gate_page(
     return HTMLResponse(content, error.status_code, GATE_HEADERS | dict(error.headers or {}))
 
 
-def to_sign_in(request: Request, query: str = "") -> Response:
+def to_sign_in(request: Request, status: int = 303, query: str = "") -> Response:
     path = f"{request.scope.get('root_path', '')}/sign-in{query}"
-    return RedirectResponse(path, 302 if query else 303, GATE_HEADERS)
+    return RedirectResponse(path, status, GATE_HEADERS)
 
 
 def local_path(path: str) -> str:
@@ -2379,16 +2382,16 @@ async def verify(
         is_page = "text/html" in headers.get("accept", "").lower()
         if query.sign_in[0] and is_page and headers.get("x-forwarded-method", "GET") == "GET":
             path = quote(headers.get("x-forwarded-uri", "/"), safe="")
-            return to_sign_in(request, f"?next={path}")
+            return to_sign_in(request, 302, f"?next={path}")
         raise APIError("INVALID_TOKEN", "Not signed in: send Authorization: Bearer …")
     if "admin" in query.role and not visitor.is_superuser:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
-    keep = string.punctuation.replace("%", "") + " "
+    plain = string.punctuation.replace("%", "") + " "
     return Response(
         headers={
             "Remote-User": str(visitor.id),
-            "Remote-Name": quote(visitor.full_name, safe=keep),
-            "Remote-Email": quote(visitor.email, safe=keep),
+            "Remote-Name": quote(visitor.full_name, safe=plain),
+            "Remote-Email": quote(visitor.email, safe=plain),
             "Remote-Groups": visitor.role,
         }
     )
