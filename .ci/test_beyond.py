@@ -240,10 +240,10 @@ def test_without_redis_each_process_goes_on_alone_until_it_is_back(pair, redis, 
     logs = [len(service.log()) for service in pair]
     begin, end = FAULTS[fault]
     begin(redis)
-    slower = patience()
+    limit = 0.2 * patience() if FULL else 1
     seconds = change_and_read(pair, ann, path, 40)
-    assert sum(took > 0.1 * slower for took in seconds) <= 2  # once in each process
-    assert max(seconds) < 0.2 * slower
+    assert sum(took > limit / 2 for took in seconds) <= 2  # once in each process
+    assert max(seconds) < limit
     end(redis)
     change_and_read(pair, ann, path, 50)
     wait_until(lambda: all(is_remembered(service, path) for service in pair), 10)
@@ -352,7 +352,7 @@ def test_kill_9_loses_nothing_that_was_answered(tmp_path):
             usual = service.seconds
             acknowledged |= write_until_killed(service, turn)
         with serve(tmp_path) as service:
-            assert service.seconds < max(2, 2 * usual)  # at once, also on a busy machine
+            assert not FULL or service.seconds < max(2, 2 * usual)  # at once
             assert service.sql("PRAGMA integrity_check") == [("ok",)]
             assert {title for (title,) in service.sql("SELECT title FROM post")} >= acknowledged
 
