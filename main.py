@@ -3013,6 +3013,7 @@ if __name__ == "__main__":
         access_log=False,
         timeout_keep_alive=75,  # longer than nginx keeps a connection, or it meets a closed one
         timeout_graceful_shutdown=4,
+        timeout_worker_healthcheck=30,  # of several processes: a slow machine imports for a while
         ws_max_size=64 * 1024,
         ws_per_message_deflate=False,
     )
