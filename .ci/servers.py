@@ -227,6 +227,16 @@ class Redis:
             client.mset({f"nutshell:generation:{number}": b"\xff\xfe" for number in range(2)})
             client.xadd("nutshell:events", {"foo": "bar"})
 
+    def count_events(self, more):
+        """How many the stream holds after so many more, which nobody listens to."""
+        event = {"kind": "post.deleted", "post_id": 1, "data": "{}"}
+        with redis.Redis(port=self.port) as client:
+            pipeline = client.pipeline()
+            for _ in range(more):
+                pipeline.xadd("nutshell:events", event)
+            pipeline.execute()
+            return client.xlen("nutshell:events")
+
     def allow(self, user, is_allowed):
         with redis.Redis(port=self.port) as client:
             client.acl_setuser(user, enabled=is_allowed, nopass=True, keys="*", commands=["+@all"])

@@ -214,7 +214,7 @@ def test_processes_share_what_is_fresh_and_who_is_asking(pair):
     assert other.client.get("/users/me", headers=ann.api.headers).status_code == 401
 
 
-def test_processes_share_events_and_rooms(pair):
+def test_processes_share_events_and_rooms(pair, redis):
     one, other = pair
     ann, ben = sign_up(one.client), sign_up(other.client)
     with listen(one.client) as here, listen(other.client) as there:
@@ -230,6 +230,14 @@ def test_processes_share_events_and_rooms(pair):
             speaker.send(json.dumps({"type": "message", "text": str(number)}))
             heard = [json.loads(listener.recv(5))["text"] for listener in (room, elsewhere)]
             assert heard == 2 * [str(number)]
+    assert redis.count_events(3_000) > 3_000
+    write_post(ann)
+    assert redis.count_events(0) < 1_500
+    redis.stop()
+    with listen(one.client) as alone:
+        post = write_post(ann)
+        assert alone.wait(1)[-1][1]["id"] == post["id"]
+    redis.start()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
