@@ -631,16 +631,18 @@ class StrictBody(SQLModel):
 # --- Application ----------------------------------------------------------------------------------
 # The app, and what every request passes. This is all that it knows of the chapters below:
 #
-#   1. Start and stop   `@at_start`: Passwords, Accounts, Users, Live events, Mail and Demo.
+#   1. Start and stop   `@at_start`: Database, Passwords, Accounts, Users, Live events, Mail, Redis,
+#                       Demo and python main.py.
 #   2. What happened    `await announce(kind, schema)` after a commit calls each of the `listeners`:
 #                       Live events and Mail.
 #   3. Each request     `app.user_middleware`, in this order: RequestMiddleware and CORS,
 #                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
-#   4. Shared stores    `limiter.store`, `hub.publish`, `memory.generation` may be replaced.
+#   4. Shared stores    `limiter.store`, `hub.publish` and `memory.generation`: Redis replaces them.
 #
 # Chapters also add their paths to `body_limits` and `path_limits`, and lines to `notices`.
 
 MAX_BODY_BYTES = 256 * 1024
+MAX_FORM_BYTES = 16 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
 RESPONSE_HEADERS = "ETag, Location, Retry-After, RateLimit, RateLimit-Policy"
@@ -903,6 +905,7 @@ def make_limit(name: str, rate: str, times: int = 1) -> Limit | None:
 DEFAULT_LIMIT = make_limit("default", settings.rate_limit)
 AUTH_LIMIT = make_limit("auth", settings.auth_rate_limit)  # by address
 EMAIL_LIMIT = make_limit("auth", settings.auth_rate_limit, times=10)  # by email
+# By path, or by method and path.
 path_limits: dict[str, Limit | None] = {"/health": None, "/openapi.json": None, "/docs": None}
 
 
@@ -1312,7 +1315,7 @@ def create_tokens(login_session: LoginSession, response: Response) -> Token:
 auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422, 429))
 path_limits[f"{API}/auth/register"] = AUTH_LIMIT
 path_limits[f"{API}/auth/login"] = AUTH_LIMIT
-body_limits[f"{API}/auth/"] = 16 * 1024
+body_limits[f"{API}/auth/"] = MAX_FORM_BYTES
 
 
 @auth.post("/register", status_code=201, responses=errors(403, 409))
@@ -2232,7 +2235,7 @@ def deliver(to: str, subject: str, body: str) -> None:
 
 def deliver_or_log(to: str, subject: str, body: str) -> None:
     try:
-        if to:
+        if to:  # no address: nothing is sent, and it takes as long as if it were
             deliver(to, subject, body)
     except Exception as error:  # the email package raises all kinds; its text may hold the email
         logger.error("mail not sent: %s", type(error).__name__)
@@ -2333,8 +2336,8 @@ def gate_page(
 
 
 def to_sign_in(request: Request, status: int = 303, query: str = "") -> Response:
-    path = f"{request.scope.get('root_path', '')}/sign-in{query}"
-    return RedirectResponse(path, status, GATE_HEADERS)
+    path = request.url_for("show_sign_in").path
+    return RedirectResponse(f"{path}{query}", status, GATE_HEADERS)
 
 
 def local_path(path: str) -> str:
@@ -2422,10 +2425,15 @@ async def sign_in(
         return gate_page("Sign in", SIGN_IN_FORM, error, username=form.username, next=path)
     login_session = await open_login_session(session, user)
     cookie = create_token("cookie", user.id, login_session.expires_at, sid=login_session.id)
-    options: Any = {"httponly": True, "samesite": "lax", "secure": request.url.scheme == "https"}
-    options["max_age"] = settings.refresh_token_expire_days * 24 * 3_600
     response = RedirectResponse(path, 303, GATE_HEADERS)
-    response.set_cookie(COOKIE, cookie, **options)
+    response.set_cookie(
+        COOKIE,
+        cookie,
+        max_age=settings.refresh_token_expire_days * 24 * 3_600,
+        secure=request.url.scheme == "https",
+        httponly=True,
+        samesite="lax",
+    )
     return response
 
 
@@ -2442,7 +2450,7 @@ async def sign_out(request: Request, session: WriteSession) -> Response:
 
 path_limits[f"{API}/auth/verify"] = None
 path_limits["POST /sign-in"] = AUTH_LIMIT
-body_limits["/sign-"] = 16 * 1024
+body_limits["/sign-"] = MAX_FORM_BYTES
 app.include_router(gate)
 
 
@@ -2560,7 +2568,7 @@ sign_in_links.append('<a href="forgot-password">Forgot your password?</a>')
 for path in ("/forgot-password", "/reset-password"):
     path_limits[f"{API}/auth{path}"] = AUTH_LIMIT
     path_limits[f"POST {path}"] = AUTH_LIMIT
-    body_limits[path] = 16 * 1024
+    body_limits[path] = MAX_FORM_BYTES
 app.include_router(passwords)
 
 
