@@ -639,7 +639,7 @@ class StrictBody(SQLModel):
 #                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
 #   4. Shared stores    `limiter.store`, `hub.publish` and `memory.generation`: Redis replaces them.
 #
-# Chapters also add their paths to `body_limits` and `path_limits`, and lines to `notices`.
+# Chapters also add their paths to `body_limits` and `path_limits`, the demo its `demo_accounts`.
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_FORM_BYTES = 16 * 1024
@@ -655,7 +655,7 @@ EventKind = UserEvent | PostEvent | CommentEvent
 body_limits: dict[str, int] = {}  # by the beginning of a path
 lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
 listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
-notices: list[str] = []  # shown at the start and on the page
+demo_accounts: list[dict[str, str]] = []  # shown at the start, and buttons on the page
 
 
 def at_start(function: Callable[[], AsyncIterator[None]]) -> None:
@@ -2786,7 +2786,8 @@ if settings.demo:
     lifespans.insert(0, asynccontextmanager(own_demo_files))  # around all others: it ends last
     at_start(fill_demo)
     for name, role in DEMO_ROLES.items():
-        notices.append(f"{name.lower()}@example.com  {DEMO_PASSWORD}  ({role})")
+        account = {"name": name, "email": f"{name.lower()}@example.com", "role": role}
+        demo_accounts.append(account | {"password": DEMO_PASSWORD})
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -2972,7 +2973,7 @@ async def get_page(request: Request) -> Response:
         return JSONResponse({"status": "ok"}, headers=headers)
     nonce = secrets.token_urlsafe(16)  # only a script or style that carries it is run
     headers["Content-Security-Policy"] = CONTENT_POLICY.replace("NONCE", nonce)
-    page = PAGE.replace("HINT", "\n".join(notices)).replace("NONCE", nonce)
+    page = PAGE.replace("HINT", json.dumps(demo_accounts)).replace("NONCE", nonce)
     return HTMLResponse(page, headers=headers)
 
 
@@ -2994,8 +2995,8 @@ async def print_start_lines() -> AsyncIterator[None]:
     how = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
     print(f"Nutshell  {address}\ndocs      {address}/docs\ndata      {data}")
     print(f"admin     {admins or how}")
-    for notice in notices:
-        print(f"sign in   {notice}")
+    for account in demo_accounts:
+        print(f"sign in   {account['email']}  {account['password']}  ({account['role']})")
     sys.stdout.flush()
     yield
 
