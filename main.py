@@ -1392,7 +1392,7 @@ async def get_me(me: CurrentUser) -> UserRead:
 # superusers. What happens to a published post is announced after the commit.
 
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
-Content = Annotated[str, Field(max_length=20_000), NotBlank, Examples(["They hum."])]
+Content = Annotated[str, Field(min_length=1, max_length=20_000), NotBlank, Examples(["They hum."])]
 Item = TypeVar("Item", bound=BaseModel)
 FILTERED_BY = ("author_id", "created_at")
 Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
@@ -2793,188 +2793,204 @@ if settings.demo:
 # --- The page -------------------------------------------------------------------------------------
 # What a browser gets at /: one constant, and headers that allow nothing else.
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Nutshell</title><link rel="icon" href="data:,">
-<style nonce="NONCE">
-  :root { color-scheme: light dark; --paper: light-dark(#f8f3ec, #191512);
-    --card: light-dark(#fff, #26201b); --nut: light-dark(#85480f, #f0b566); --line: #8f8071 }
-  * { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere }
-  body { padding: 1em; background: var(--paper); font: clamp(16px, 1.1vw, 26px)/1.5 system-ui }
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style nonce="NONCE">:root { color-scheme: light dark; --paper: light-dark(#f7f2eb, #17140f);
+    --card: light-dark(#fff, #231e18); --quiet: light-dark(#eadfd1, #463c32);
+    --nut: light-dark(#964c0a, #f5b765); --glow: light-dark(#ffe2b5, #664a20) }
+  * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; overflow-wrap: anywhere }
+  body { padding: 1.5em; font: clamp(16px, 1.15vw, 28px)/1.5 system-ui; background: var(--paper) }
   header, form { display: flex; flex-wrap: wrap; gap: .6em; align-items: center }
-  main, section { display: grid; gap: 1em; align-content: start; min-width: 0 }
-  main { margin-top: 1em; grid: auto / repeat(auto-fit, minmax(min(100%, 21em), 1fr)) }
-  section, input, textarea, button { padding: .6em .9em; border: 1px solid var(--line);
-    border-radius: .5em; background: var(--card); color: inherit }
-  button { background: var(--nut); color: var(--card) } label, input, textarea { width: 100% }
-  h1, h2, a, b { font-weight: 600; color: var(--nut) } h1 { font-size: 2em }
-  ul { padding-left: 1.2em } p, pre, li { white-space: pre-wrap; unicode-bidi: plaintext }
-  pre { font: .8em/1.5 ui-monospace, monospace; max-height: 45vh; overflow: auto }
-  pre b, pre b::selection { color: transparent; background: var(--line); vertical-align: bottom }
-  pre b { display: inline-block; width: 4em; overflow: hidden; white-space: nowrap }  /* secrets */
-  body:not(.in) .members, .in .guests, [hidden] { display: none }
-</style>
-<header><h1>Nutshell</h1> <a href="docs">All calls</a> <span id="live" role="status"></span>
-  <form id="leave" class="members">You are <b id="me"></b> <button>Sign out</button></form></header>
-<pre class="guests">HINT</pre><p id="note" role="status"></p>
-<main><section aria-label="Posts">
-  <form id="sign" class="guests">
-    <label>Email <input name="email" type="email" required autocomplete="email"></label>
-    <label>Password <input name="password" type="password" required minlength="8"></label>
-    <label>First name, if you are new <input name="first_name" maxlength="100"></label>
+  main, section, ul { display: grid; gap: 1em; align-items: start; min-width: 0; list-style: none }
+  main { margin-top: 1em; grid: auto / repeat(auto-fit, minmax(min(100%, 22em), 1fr)) }
+  #leave { margin-left: auto } label, input, textarea, form > :is(ul, p, div) { width: 100% }
+  .card { position: relative; padding: 1em; background: var(--card); border-radius: .7em }
+  .card, button { border: 1px solid var(--quiet) } a, b, h1, h2 { font-weight: 700; color: inherit }
+  h1 { font-size: 2em; color: var(--nut) } h2 { font-size: 1.2em; outline: 0 }
+  input, textarea, button { padding: .4em .8em; border-radius: .5em; background: var(--paper) }
+  input, textarea { border: 1px solid #8f8071 } button { background: var(--quiet) }
+  form.card > button:first-of-type, #demo button { background: var(--nut); color: var(--card) }
+  mark { padding: .1em .6em; border-radius: 1em; background: var(--glow); color: CanvasText }
+  small, mark { font-size: .8em } small, label { opacity: .8 } p, pre { white-space: pre-wrap }
+  .alert { color: light-dark(#b3261e, #ff9d94) } #posts p { max-height: 3em; overflow: hidden }
+  #posts a::after { content: ""; position: absolute; inset: 0 }  /* the whole card is its link */
+  .card:has([aria-current=true]) { outline: 3px solid var(--nut) } #feed { gap: .2em }
+  pre { max-height: 40vh; overflow: auto; font: .9em/1.4 ui-monospace, monospace; margin: 1em 0 0 }
+  .new { animation: new 4s } @keyframes new { 0%, 40% { background: var(--glow) } }
+  body:not(.in) .members, .in .guests, #demo:empty, #one:has(#title:empty) { display: none }
+  @media (min-width: 75em) { #one, #side { position: sticky; top: 1em } }
+</style><header><h1>Nutshell</h1> <a href="docs">All calls</a> <form id="leave" class="members">
+  <b id="name"></b> <mark id="role"></mark> <button>Sign out</button></form></header>
+<main><section aria-label="Posts"><form id="demo" class="card guests">BUTTONS</form>
+  <form id="enter" class="card guests" novalidate>
+    <label>Email <input name="email" type="email" autocomplete="username"></label>
+    <label>Password <input name="password" type="password"></label>
+    <label>First name, if you are new <input name="first_name"></label>
     <button>Sign in</button> <button value="new">Sign up</button></form>
-  <form id="write" class="members">
-    <label>Title <input name="title" required maxlength="255"></label>
-    <label>Text <textarea name="content" required rows="3"></textarea></label>
-    <button>Save as draft</button> <button value="publish">Publish</button></form>
-  <ul id="posts"></ul>
-</section><section id="one" hidden aria-labelledby="title">
-  <h2 id="title" tabindex="-1"></h2><p id="by"></p><p id="content"></p>
-  <form id="publish"><button>Publish this draft</button></form>
-  <ul id="comments" aria-label="Comments"></ul>
-  <form id="comment" class="members"><label>Your comment
-    <input name="text" required maxlength="500"></label> <button>Send</button></form>
-</section><section aria-labelledby="last"><h2 id="last">Your last call, and its answer</h2>
-  <pre id="call" tabindex="0"></pre><pre id="answer" tabindex="0"></pre></section></main>
+  <form id="write" class="card members" novalidate><label>Title <input name="title"></label>
+    <label>Text <textarea name="content" rows="3"></textarea></label>
+    <button value="publish">Publish</button> <button>Save as draft</button></form>
+  <ul id="posts"></ul></section>
+<section id="one" aria-labelledby="title"><form id="change" class="card"><div>
+    <h2 id="title" tabindex="-1"></h2> <small id="by"></small></div> <p id="content"></p>
+    <button id="publish" value="/publish">Publish</button> <button id="delete">Delete</button>
+  </form> <form id="uncomment"><ul id="comments" aria-label="Comments"></ul></form>
+  <form id="comment" class="card members" novalidate><label>Your comment <input name="text"></label>
+    <button>Send</button></form></section>
+<section id="side" aria-label="What happens">
+  <div class="card"><h2>Live <mark id="live" role="status"></mark></h2> <ul id="feed" role="log">
+  </ul></div> <div class="card"><h2>Last call</h2> <button id="copy">Copy</button>
+    <pre id="call" tabindex="0"></pre> <pre id="answer" tabindex="0"></pre></div></section></main>
 <script nonce="NONCE">
-const SECRET = /((?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+)/;
+const KINDS = "post.published post.updated post.deleted comment.created comment.deleted";
+const SECRET = /(?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+/g;
 const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
 const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
-const tell = (error) => show({ note: error?.message });
-let tokens, post, busy = false, again = false, loading = null;
-
-function made(tag, ...inside) {  // append() makes text of what people wrote, never HTML
-  const element = document.createElement(tag);
+let tokens, me, post, command, stream, busy, waiting, loading = Promise.resolve();
+function make(tag, properties, ...inside) {  // append() makes text of what people wrote, never HTML
+  const element = Object.assign(document.createElement(tag), properties);
   element.append(...inside);
   return element;
 }
-
 function keep(found) {  // for this tab alone, so that two tabs can be two people
   sessionStorage.tokens = JSON.stringify(tokens = found);
   document.body.className = found ? "in" : "";
 }
-
-async function call(method, path, body, shown = method !== "GET", once = false) {
-  const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON
+async function call(method, path, body, isShown = method !== "GET", isRetry = false) {
   const url = new URL(`api/v1${path}`, location).href, headers = {};
+  const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON
   if (tokens) headers.Authorization = `Bearer ${tokens.access_token}`;
   if (typeof sent === "string") headers["Content-Type"] = "application/json";
-  const answer = await fetch(url, { method, headers, body: sent }), text = await answer.text();
-  if (answer.status === 401 && tokens && !once) {  // expired: once more, with a new token or none
-    const old = new URLSearchParams({ refresh_token: tokens.refresh_token });
-    const ended = ({ cause }) => cause === 401 && keep(null);
-    await call("POST", "/auth/refresh", old, false, true).then(keep, ended);
-    return call(method, path, body, shown, true);
+  const answer = await fetch(url, { method, headers, body: sent }), { status } = answer;
+  const text = await answer.text(), found = text && JSON.parse(text);
+  if (status === 401 && tokens && !isRetry) {  // expired: once more, with new tokens or with none
+    const end = (error) => error.status === 401 && keep(null);
+    await call("POST", "/auth/refresh", new URLSearchParams(tokens), false, true).then(keep, end);
+    return call(method, path, body, isShown, true);
   }
-  const found = text && JSON.parse(text), pretty = text && JSON.stringify(found, null, 2);
-  let curl = `curl -X ${method} ${quoted(url)}`;
-  for (const name in headers) curl += ` \\\n  -H ${quoted(`${name}: ${headers[name]}`)}`;
-  if (body) curl += ` \\\n  -d ${quoted(`${sent}`)}`;
-  const said = { call: curl, answer: `${answer.status} ${pretty}` };
-  for (const id in shown ? said : {}) $(id).replaceChildren(  // at odd places stands what fits
-    ...said[id].split(SECRET).map((part, at) => at % 2 ? made("b", part) : part));
-  if (answer.ok) return found;
-  const wrong = [found.detail].flat().map((e) => e.msg ? `${e.loc.at(-1)}: ${e.msg}` : e);
-  throw Error(wrong.join("\n"), { cause: answer.status });
+  if (isShown) {
+    command = `curl -X ${method} ${quoted(url)}`;
+    for (const name in headers) command += ` \\\n  -H ${quoted(`${name}: ${headers[name]}`)}`;
+    if (body) command += ` \\\n  -d ${quoted(`${sent}`)}`;
+    const pretty = `${status} ${text && JSON.stringify(found, null, 2)}`.replace(SECRET, "…");
+    show({ call: command.replace(SECRET, "…"), answer: pretty, copy: "Copy" });
+  }
+  if (!answer.ok) throw Object.assign(Error(found.detail), { detail: found.detail, status });
+  return found;
 }
-
+const byline = (one) => `${one.author.full_name}, ${new Date(one.created_at).toLocaleString()}`;
+const mayDelete = (...all) => me?.is_superuser || all.some((one) => one?.author.id === me?.id);
+const card = (id, one, head, tail) => make("li", { id, className: "card" }, head,
+  make("p", {}, one.text ?? one.content), make("small", {}, byline(one)), " ", tail);
+const postCard = (one) => card(`post${one.id}`, one,
+  make("a", { href: `#${one.id}`, ariaCurrent: one.id === post.id }, one.title),
+  one.is_published ? "" : make("mark", {}, "draft"));
+const commentCard = (one) => card(`comment${one.id}`, one, "",
+  mayDelete(one, post) ? make("button", { value: one.id }, "Delete") : "");
+const list = async (path) => (await call("GET", `${path}?size=100`, undefined, !command)).items;
 async function look() {
-  const posts = (await call("GET", "/posts?size=100")).items;
-  const me = tokens && await call("GET", "/users/me");
-  const own = me ? (await call("GET", "/users/me/posts?size=100")).items : [];
-  posts.unshift(...own.filter((one) => !one.is_published));
-  const id = Number(location.hash.slice(1)) || post?.id || posts[0]?.id;  // who reads one keeps it
-  const found = id && await call("GET", `/posts/${id}`, undefined, id !== post?.id).catch(tell);
-  const below = (page) => call("GET", `/posts/${id}/comments?size=100&page=${page}`);
-  const { items, pages } = found ? await below(1) : { items: [] };
-  if (pages > 2) items.splice(0, 100, ...(await below(pages - 1)).items);
-  if (pages > 1) items.push(...(await below(pages)).items);
-  const focus = document.activeElement.hash;  // of a link, which is replaced
-  $("posts").replaceChildren(...posts.map((one) => made("li",
-    Object.assign(made("a", one.title), { href: `#${one.id}` }),
-    one.is_published ? ` by ${one.author.full_name}` : ", a draft")));
-  $("comments").replaceChildren(
-    ...items.map(({ author, text }) => made("li", made("b", author.full_name), ` ${text}`)));
-  if (focus) document.querySelector(`a[href="${focus}"]`)?.focus();
-  const by = found && `${found.author.full_name}, ${new Date(found.created_at).toLocaleString()}`;
-  show({ me: me?.full_name, title: found?.title, by, content: found?.content });
-  $("one").hidden = !found;
-  $("publish").hidden = found?.is_published;
-  if (found?.id !== post?.id) $("comment").reset();  // it was for another post
-  post = found;
+  me = tokens && await call("GET", "/users/me").catch((error) => { if (tokens) throw error; });
+  const drafts = me ? (await list("/users/me/posts")).filter((one) => !one.is_published) : [];
+  const posts = [...drafts, ...await list("/posts")], before = post?.id;
+  const id = Number(location.hash.slice(1)) || before || posts[0]?.id;  // who reads one keeps it
+  const other = () => { location.hash = ""; return posts[0]; };  // where it was deleted
+  post = id && await call("GET", `/posts/${id}`, undefined, id !== before).catch(other);
+  const comments = post ? await list(`/posts/${post.id}/comments`) : [];
+  const focus = document.activeElement.closest("li")?.id;  // of what is replaced
+  $("posts").replaceChildren(...posts.map(postCard));
+  $("comments").replaceChildren(...comments.map(commentCard));
+  $(focus)?.querySelector("a, button")?.focus({ preventScroll: true });
+  const by = post && byline(post), { title, content } = post ?? {};
+  show({ name: me?.full_name, role: me?.role, title, by, content });
+  $("publish").hidden = !post || post.is_published || me?.id !== post.author.id;
+  $("delete").hidden = !mayDelete(post);
 }
-
-function load() {  // an event only says that something has changed: then all is read anew
-  again = true;
-  loading ??= (async () => {
-    while (again) {  // at once, and while more comes once a second
-      again = false;
-      await look().catch((error) => show({ live: error.message }));
-      if (again) await new Promise((done) => setTimeout(done, 1000));
-    }
-    loading = null;
-  })();
-  return loading;
-}
-
+const isOpen = () => stream.readyState === stream.OPEN;
+const tell = (error) => show({ live: isOpen() ? error?.message ?? "connected" : "reconnecting" });
+const load = () => waiting ??= loading.then(() => {  // one at a time, and once for all who wait
+  waiting = null;
+  return loading = look().then(tell, tell);
+});
+const signIn = (form) => call("POST", "/auth/login", new URLSearchParams(form)).then(keep);
 const actions = {
-  async sign({ email, password, first_name }, isNew) {
+  demo: (_, account) => signIn(account),
+  async enter({ email, password, first_name }, isNew) {
     if (isNew) await call("POST", "/auth/register", { email, password, first_name });
-    keep(await call("POST", "/auth/login", new URLSearchParams({ username: email, password })));
+    await signIn({ username: email, password });
   },
   async write(fields, publish) {
     post = await call("POST", "/posts", { ...fields, is_published: !!publish });
-    location.hash = post.id;
+    history.pushState(null, "", `#${post.id}`);
   },
-  publish: () => call("POST", `/posts/${post.id}/publish`),
+  change: (_, publish) => call(publish ? "POST" : "DELETE", `/posts/${post.id}${publish}`),
   comment: (fields) => call("POST", `/posts/${post.id}/comments`, fields),
+  uncomment: (_, id) => call("DELETE", `/comments/${id}`),
   leave: () => call("POST", "/auth/logout").finally(() => keep(null)),
 };
+const complain = (form, { detail, message }) => [detail ?? message].flat().forEach((wrong) => {
+  const field = form.elements[wrong.loc?.at(-1)], place = field?.parentNode ?? form;
+  place.append(make("div", { className: "alert", role: "alert" }, wrong.msg ?? wrong));
+  field?.focus();
+});
 document.onsubmit = async (event) => {
   event.preventDefault();
   if (busy) return;
   busy = true;
   const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
-  await actions[target.id](fields, submitter.value).then(() => target.reset()).then(tell, tell);
+  document.querySelectorAll(".alert").forEach((alert) => alert.remove());
+  await actions[target.id](fields, submitter.value)
+    .then(() => target.reset(), (error) => complain(target, error));
   busy = false;
   await load();
-  if (!target.checkVisibility()) $("title").focus();  // the form has gone, and the focus with it
+  if (!submitter.checkVisibility()) $("title").focus({ preventScroll: true });  // it has gone
 };
-window.onhashchange = () => load().then(() => $("title").focus());
-
+const turnTo = () => {
+  $("title").focus({ preventScroll: true });
+  $("one").scrollIntoView({ block: "nearest" });  // on a phone it is below
+};
+window.onhashchange = () => load().then(() => location.hash && turnTo());
+$("posts").onclick = ({ target }) => { if (target.hash === location.hash) turnTo(); };
+const fill = (event) => { event.clipboardData.setData("text", command); event.preventDefault(); };
+$("copy").onclick = () => {  // navigator.clipboard is only there with https or localhost
+  document.addEventListener("copy", fill, { once: true });
+  show({ copy: document.execCommand("copy") ? "Copied" : "Not copied" });
+};
+function hear({ type, data }) {
+  const { id, post_id, title, text, author } = JSON.parse(data), [kind, happened] = type.split(".");
+  const about = title ?? text ?? document.querySelector(`#post${post_id ?? id} a`)?.textContent;
+  const by = make("small", {}, `${new Date().toLocaleTimeString()} ${author?.full_name ?? ""}`);
+  $("feed").prepend(make("li", { className: "new" }, by, ` ${kind} ${happened}: ${about}`));
+  $("feed").children[8]?.remove();
+  load().then(() => $(kind + id)?.classList.add("new"));
+}
 function listen() {
-  const stream = new EventSource("api/v1/events");
-  const hear = ({ type }) => { show({ live: `Events: ${type}` }); load(); };
-  for (const type of ["open", "post.published", "post.updated", "post.deleted", "comment.created",
-    "comment.deleted"]) stream.addEventListener(type, hear);
-  stream.onerror = () => {
-    show({ live: "Events: reconnecting" });
-    if (stream.readyState === stream.CLOSED) setTimeout(listen, 3000);  // the browser gave up
-  };
+  stream = new EventSource("api/v1/events");
+  for (const kind of KINDS.split(" ")) stream.addEventListener(kind, hear);
+  stream.addEventListener("reset", load);
+  stream.onopen = load;
+  stream.onerror = () => { load(); if (stream.readyState === 2) setTimeout(listen, 3000); };
 }
 keep(JSON.parse(sessionStorage.tokens ?? null));
-load();
 listen();
-</script>
-"""
-CONTENT_POLICY = (
-    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
-    "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
-)
+</script>"""
+CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+CONTENT_POLICY += "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
+CONTENT_POLICY += "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
+BUTTON = """<button value="username={email}&amp;password={password}">Sign in as {name}
+    <mark>{role}</mark></button>"""
 
 
 @app.head("/", include_in_schema=False)
 @app.get("/", tags=["page"], response_model=dict[str, str], responses=errors(429))
 async def get_page(request: Request) -> Response:
     """For programs a sign of life, for browsers a page to try it all on."""
-    headers = {"Vary": "Accept"}
     if settings.production or "text/html" not in request.headers.get("accept", "").lower():
-        return JSONResponse({"status": "ok"}, headers=headers)
+        return JSONResponse({"status": "ok"}, headers={"Vary": "Accept"})
     nonce = secrets.token_urlsafe(16)  # only a script or style that carries it is run
-    headers["Content-Security-Policy"] = CONTENT_POLICY.replace("NONCE", nonce)
-    page = PAGE.replace("HINT", json.dumps(demo_accounts)).replace("NONCE", nonce)
-    return HTMLResponse(page, headers=headers)
+    buttons = "".join(BUTTON.format(**account) for account in demo_accounts)
+    page = PAGE.replace("NONCE", nonce).replace("BUTTONS", buttons)
+    policy = CONTENT_POLICY.replace("NONCE", nonce)
+    return HTMLResponse(page, headers={"Vary": "Accept", "Content-Security-Policy": policy})
 
 
 # --- python main.py -------------------------------------------------------------------------------

@@ -133,10 +133,10 @@ def run(*command, **options):
 
 
 @contextmanager
-def serve(folder, *command, prefix="", **settings):
+def serve(folder, *command, prefix="", port=None, **settings):
     """`python main.py`, or another command; its database is app.db in the folder."""
     folder.mkdir(exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}{prefix}"
     env = environment(PORT=str(port), UVICORN_PORT=str(port), **settings)
     limits = httpx.Limits(max_connections=300)
@@ -288,6 +288,7 @@ class Window:
         self.session = {"sessionId": session["sessionId"]}
         for domain in ("Log", "Network", "Page", "Runtime"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # as if it were in front
         self.call("Page.navigate", url=url)
 
     def call(self, method, **params):
@@ -318,14 +319,20 @@ class Window:
 
     def find(self, kind, name):
         """A script for the first visible thing of that name, as soon as it is there."""
-        fits = f"(e) => e.checkVisibility() && e.innerText.trim() === {json.dumps(name)}"
-        script = f"[...document.querySelectorAll({json.dumps(kind)})].find({fits})"
+        is_it = f"e.checkVisibility() && e.firstChild?.textContent.trim() === {json.dumps(name)}"
+        script = f"[...document.querySelectorAll({json.dumps(kind)})].find((e) => {is_it})"
         wait_until(lambda: self.do(f"!!{script}"), 15)
         return script
 
     def fill(self, label, text):
         self.do(f"{self.find('label', label)}.control.focus()")
         self.call("Input.insertText", text=text)
+
+    def key(self, name, **more):
+        code = {"Tab": 9, "Enter": 13, "v": 86}[name]
+        options = {"key": name, "windowsVirtualKeyCode": code, "text": "\r" if code == 13 else ""}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **options, **more)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **options)
 
     def press(self, name):
         self.do(f"{self.find('a, button', name)}.click()")
@@ -344,7 +351,16 @@ class Window:
         for label, text in (fields | {"First name, if you are new": name}).items():
             self.fill(label, text)
         self.press("Sign up")
-        self.see(f"You are {name}")
+        self.see(f"{name} user Sign out")
+
+    def size(self, width, height, **more):
+        options = {"deviceScaleFactor": 1, "mobile": False} | more
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, **options)
+
+    def open(self, title):
+        self.press(title)
+        shown = "document.getElementById('title').innerText"
+        wait_until(lambda: self.do(shown) == title, 15)
 
     def write(self, title, content, button):
         self.fill("Title", title)
