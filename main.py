@@ -30,6 +30,17 @@ file at any banner: what stands above is a working service, and knows nothing of
     python main.py        what is printed at the start, and the server
 """
 
+# `uv run main.py` needs nothing but this file. The same packages stand in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "fastapi==0.165.0", "starlette==1.10.0", "uvicorn[standard]==0.54.0", "SQLAlchemy==2.1.9",
+#     "sqlmodel[asyncio]==0.0.50", "aiosqlite==0.22.1", "pydantic==2.14.3", "bcrypt==5.0.0",
+#     "pydantic-settings==2.16.3", "python-jose==3.5.0", "python-multipart==0.0.34",
+#     "email-validator==2.4.0", "fastapi-swagger==0.4.64",
+# ]
+# ///
+
 import asyncio
 import base64
 import hashlib
@@ -2806,7 +2817,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell<
   #leave { margin-left: auto } label, input, textarea, form > :is(ul, p, div) { width: 100% }
   .card { position: relative; padding: 1em; background: var(--card); border-radius: .7em }
   .card, button { border: 1px solid var(--quiet) } a, b, h1, h2 { font-weight: 700; color: inherit }
-  h1 { font-size: 2em; color: var(--nut) } h2 { font-size: 1.2em; outline: 0 }
+  h1 { font-size: 2em; color: var(--nut) } h2 { display: inline; font-size: 1.2em; outline: 0 }
   input, textarea, button { padding: .4em .8em; border-radius: .5em; background: var(--paper) }
   input, textarea { border: 1px solid #8f8071 } button { background: var(--quiet) }
   form.card > button:first-of-type, #demo button { background: var(--nut); color: var(--card) }

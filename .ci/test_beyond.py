@@ -691,6 +691,84 @@ def test_chapters_may_be_cut_off_or_taken_out(tmp_path, left):
         assert "Traceback" not in service.log()
 
 
+# --- README ---------------------------------------------------------------------------------------
+
+
+def section(title):
+    return re.split(r"^## ", README, flags=re.MULTILINE)[1:][SECTIONS.index(title)]
+
+
+SECTIONS = re.findall(r"^## (.+)$", README, re.MULTILINE)
+VARYING = r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{16}|[0-9a-f]{8}-\d+"  # times and ids
+MAIN_FILES = ("main.py", "test_main.py", ".pytest.ini", "requirements.txt")
+
+
+def copy_of_main(folder):
+    for name in MAIN_FILES:
+        shutil.copy(ROOT / name, folder)
+
+
+def test_the_tour_works_as_it_is_printed(tmp_path):
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", section("A tour"), re.DOTALL | re.MULTILINE)
+    script = "".join(text for kind, text in blocks if kind == "sh")
+    assert not re.search("--json|--fail-with-body", script)  # curl 7.74 does not know these
+    with serve(tmp_path) as service:
+        script = script.replace("http://localhost:8000", service.url)
+        shell = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    said = re.sub(VARYING, "…", shell.stdout)
+    for kind, text in blocks:
+        assert kind == "sh" or re.sub(VARYING, "…", text) in said, (text, shell)
+    assert said.count('"access_token"') == 1
+    assert '"bio":"I keep bees."' in said
+    assert '"total":1,' in said
+    assert "\n204\n" in said
+    assert said.endswith('"error_code": "INVALID_TOKEN", "request_id": "…"}')
+
+
+def test_own_routes_and_their_tests_work_as_printed(tmp_path):
+    copy_of_main(tmp_path)
+    for name in ("mine", "test_mine", "test_client"):
+        text = in_readme("python", f"# {name}.py:")
+        (tmp_path / f"{name}.py").write_text(text)
+        command = re.match("# .+?: (.+)", text)[1].replace(".venv/bin/python", sys.executable)
+        if name != "mine":
+            env = environment(PYTHONPATH="")
+            done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True)
+            assert b"1 passed" in done.stdout, done.stdout
+    with serve(tmp_path, *UVICORN, "mine:app", PYTHONPATH=str(tmp_path)) as service:
+        assert sign_up(service.client).api.get("/mine/drafts").json() == 0
+
+
+def test_thirty_people_behind_one_address_sign_in_and_listen(tmp_path):
+    command = re.search(r"(?m)^((?:\w+=\S+ )+)\S+python main.py$", section("Teach with it"))[1]
+    settings = dict(setting.split("=") for setting in command.split())
+    limits = {"RATE_LIMIT": "600/minute", "AUTH_RATE_LIMIT": "30/minute"}  # where it says nothing
+    with serve(tmp_path, **limits | settings) as service:
+        people = at_once(30, lambda _: sign_up(service.client))
+        with ExitStack() as stack:
+            hearing = [stack.enter_context(listen(person.api)) for person in people]
+            write_post(people[0])
+            for listener in hearing:
+                assert listener.wait(1)[0][0] == "post.published"
+
+
+@pytest.mark.skipif(not FULL, reason="it installs all packages twice, from the network")
+def test_without_a_network_it_is_installed_and_without_an_environment_uv_runs_it(tmp_path):
+    copy_of_main(tmp_path)
+    shell = partial(subprocess.run, shell=True, cwd=tmp_path, check=True, timeout=600)
+    shell(in_readme("sh", "pip download"))
+    shell(f"unshare --net sh -euc '{in_readme('sh', '--no-index')}'")
+    python = str(tmp_path / ".venv/bin/python")
+    with serve(tmp_path, python, "main.py", DEMO="true", PYTHONPATH="") as service:
+        assert httpx.get(f"{service.url}/docs/swagger-ui-bundle.js").status_code == 200
+    shell(f"{python} -m pip install -q uv")
+    (tmp_path / "lone").mkdir()
+    shutil.copy(ROOT / "main.py", tmp_path / "lone")
+    uv = [str(tmp_path / ".venv/bin/uv"), "run", "main.py"]
+    with serve(tmp_path / "lone", *uv, PYTHONPATH="") as service:
+        assert service.client.get("/posts").json()["total"] == 0
+
+
 # --- In a browser ---------------------------------------------------------------------------------
 
 
