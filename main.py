@@ -151,7 +151,8 @@ def check_redis_url(value: AnyUrl) -> AnyUrl:
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(normalize_email), Examples(["dora@example.com"])]
 PasswordRules = StringConstraints(min_length=8, max_length=128)
-Password = Annotated[str, PasswordRules, NO_NUL, AfterValidator(check_password)]
+PasswordExample = Examples(["correct-horse"])
+Password = Annotated[str, PasswordRules, NO_NUL, AfterValidator(check_password), PasswordExample]
 DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
 PublicUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]*[^\s?#/]$")]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z\d+.-]*://[^/\s?#@A-Z]+)$")]
@@ -1083,7 +1084,7 @@ Role = Literal["user", "admin"]
 
 class UserBase(StrictBody):
     first_name: Name = None
-    last_name: Name = None
+    last_name: Name = Field(default=None, schema_extra={"examples": ["Lee"]})
     age: Age = None
 
 
@@ -1761,6 +1762,7 @@ Superuser = Annotated[UserRead, Depends(require_role("admin"))]
 
 
 class UserCreateByAdmin(UserCreate):
+    email: Email = Field(schema_extra={"examples": ["eve@example.com"]})
     role: Role = "user"
     is_active: StrictBool = True
 

@@ -742,6 +742,33 @@ def test_the_docs_load_without_internet_and_are_off_in_production(client, url, p
         assert_error(production.get(production.base_url.join(f"/{file}")), 404, "NOT_FOUND")
 
 
+def propose(schema, schemas):
+    """What Swagger UI proposes: an example, the default, or something of the type."""
+    schema = schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    if "examples" in schema:
+        return schema["examples"][0]
+    if "default" in schema or "example" in schema:
+        return schema.get("default", schema.get("example"))
+    if "properties" in schema:
+        return {name: propose(part, schemas) for name, part in schema["properties"].items()}
+    assert "pattern" not in schema, "give it an example, or random characters are proposed"
+    if "anyOf" in schema:
+        return propose(schema["anyOf"][0], schemas)
+    text = "string".ljust(schema.get("minLength", 0), "g")
+    return {"string": text, "integer": schema.get("minimum", 0), "boolean": True}[schema["type"]]
+
+
+def test_the_bodies_that_the_docs_propose_are_accepted(client, url, calls):
+    schemas = client.get(f"{url}/openapi.json").json()["components"]["schemas"]
+    for api, method, _, path, about in calls:
+        content = about.get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            body = propose(content["application/json"]["schema"], schemas)
+            answer = api.request(method, path, json=body)
+            is_token_made_up = path.endswith("/reset-password") and answer.status_code == 401
+            assert answer.is_success or is_token_made_up, (path, body, answer.text)
+
+
 # --- Rate limiter ---------------------------------------------------------------------------------
 
 
