@@ -75,7 +75,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.requests import HTTPConnection
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.security import OAuth2PasswordBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
@@ -1263,11 +1263,20 @@ async def add_user(session: AsyncSession, body: UserCreate, hashed_password: str
     return UserRead.model_validate(user)
 
 
-SignInForm = Annotated[OAuth2PasswordRequestForm, Depends()]
+class LoginForm(BaseModel):  # OAuth2 has more fields, which are ignored
+    username: str
+    password: str
+
+
+class RefreshForm(BaseModel):
+    refresh_token: str
 
 
 async def authenticate(
-    form: SignInForm, request: Request, read_session: ReadSession, session: WriteSession
+    form: Annotated[LoginForm, Form()],
+    request: Request,
+    read_session: ReadSession,
+    session: WriteSession,
 ) -> User:
     """The user with this email and password. What is wrong shows neither in the text nor in the
     time that it takes."""
@@ -1339,10 +1348,10 @@ async def login(
 
 @auth.post("/refresh", responses=errors(401))
 async def refresh(
-    refresh_token: Annotated[str, Form()], session: WriteSession, response: Response
+    form: Annotated[RefreshForm, Form()], session: WriteSession, response: Response
 ) -> Token:
-    """Exchange a refresh token for new ones. One used over 10 s ago ends the session."""
-    claims = decode_token(refresh_token, "refresh")
+    """Exchange a refresh token for new tokens; a used one ends the session."""
+    claims = decode_token(form.refresh_token, "refresh")
     # Locked until the commit: of two requests at once the second sees what the first has written.
     locked = LOGIN_OF_TOKEN.with_for_update(of=LoginSession)
     _, login_session = await find_login(session, claims, locked)
@@ -1395,6 +1404,7 @@ async def get_me(me: CurrentUser) -> UserRead:
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
 Content = Annotated[str, Field(max_length=20_000), NotBlank, Examples(["They hum."])]
 Item = TypeVar("Item", bound=BaseModel)
+AnyPage = TypeVar("AnyPage", bound="Page[Any]")
 FILTERED_BY = ("author_id", "created_at")
 Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
 
@@ -1478,14 +1488,17 @@ class Page(BaseModel, Generic[Item]):
     pages: int | None = None
 
 
+class PostPage(Page[PostRead]): ...  # Page[PostRead] would be Page_PostRead_ in /docs
+
+
 async def paginate(
     session: AsyncSession,
     statement: Any,
     order: tuple[Any, ...],
     query: PageQuery,
-    model: type[Item],
+    model: type[AnyPage],
     count: Any = None,
-) -> Page[Item]:
+) -> AnyPage:
     """One page of what the statement selects. The database sorts ids, which are small, and then
     reads the rows of this page alone."""
     table = statement.column_descriptions[0]["entity"]
@@ -1493,14 +1506,13 @@ async def paginate(
         count = statement.with_only_columns(func.count(), maintain_column_froms=True)
     total = (await session.exec(count)).one()
     offset = (query.page - 1) * query.size
-    items: list[Item] = []
+    rows: list[Any] = []
     if offset < total:
         ids = statement.with_only_columns(table.id).order_by(*order)
         ids = ids.offset(offset).limit(query.size)
-        rows = await session.exec(select(table).where(table.id.in_(ids)).order_by(*order))
-        items = [model.model_validate(row) for row in rows]
+        rows = list(await session.exec(select(table).where(table.id.in_(ids)).order_by(*order)))
     pages = ceil(total / query.size)
-    return Page(items=items, total=total, page=query.page, size=query.size, pages=pages)
+    return model(items=rows, total=total, page=query.page, size=query.size, pages=pages)
 
 
 PageParams = Annotated[PageQuery, Query()]
@@ -1591,20 +1603,20 @@ posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 4
 @posts.get("", openapi_extra=ANONYMOUS_TOO)
 async def list_posts(
     query: Annotated[PostQuery, Query()], me: OptionalUser, session: ReadSession
-) -> Page[PostRead]:
-    """Published posts, newest first. `before` reads on from a post, fast however many there are."""
+) -> PostPage:
+    """List published posts, newest first, or those before a given post."""
     sort = query.sort or "-id"
     column = getattr(Post, sort.removeprefix("-"))
     statement = filter_posts(query, CREATED_AT_WITHOUT_INDEX)
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
-        return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
+        return PostPage(items=[PostRead.model_validate(row) for row in rows], size=query.size)
     order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
     count = COUNT_PUBLISHED
     if query.author or query.min_date or query.max_date:
         count = filter_posts(query, Post.created_at).with_only_columns(func.count())
-    return await paginate(session, statement, order, query, PostRead, count)
+    return await paginate(session, statement, order, query, PostPage, count)
 
 
 @posts.post("", status_code=201, responses=errors(409))
@@ -1665,10 +1677,10 @@ app.include_router(posts)
 
 
 @app.get(f"{API}/users/me/posts", tags=["posts"], responses=errors(401, 422, 429))
-async def list_my_posts(query: PageParams, me: CurrentUser, session: ReadSession) -> Page[PostRead]:
-    """Your own posts, newest first, drafts included."""
+async def list_my_posts(query: PageParams, me: CurrentUser, session: ReadSession) -> PostPage:
+    """List your own posts, newest first, drafts included."""
     statement = select(Post).where(Post.author_id == me.id)
-    return await paginate(session, statement, (col(Post.id).desc(),), query, PostRead)
+    return await paginate(session, statement, (col(Post.id).desc(),), query, PostPage)
 
 
 # --- Comments -------------------------------------------------------------------------------------
@@ -1695,6 +1707,9 @@ class CommentRead(CommentCreate):
     created_at: datetime
 
 
+class CommentPage(Page[CommentRead]): ...
+
+
 class CommentDeleted(SQLModel):
     id: int
     post_id: int
@@ -1704,12 +1719,10 @@ comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 4
 
 
 @comments.get("/posts/{post_id}/comments", openapi_extra=ANONYMOUS_TOO)
-async def list_comments(
-    post: VisiblePost, query: PageParams, session: ReadSession
-) -> Page[CommentRead]:
-    """The comments on a post, oldest first."""
+async def list_comments(post: VisiblePost, query: PageParams, session: ReadSession) -> CommentPage:
+    """List the comments on a post, oldest first."""
     statement = select(Comment).where(Comment.post_id == post.id)
-    return await paginate(session, statement, (col(Comment.id),), query, CommentRead)
+    return await paginate(session, statement, (col(Comment.id),), query, CommentPage)
 
 
 @comments.post("/posts/{post_id}/comments", status_code=201, responses=errors(409))
@@ -1781,6 +1794,12 @@ class UserUpdate(UserBase):
     is_active: StrictBool = Field(default=True)
 
 
+class UserPage(Page[UserRead]): ...
+
+
+class UserPublicPage(Page[UserPublic]): ...
+
+
 class UserQuery(PageQuery):
     is_active: bool | None = None
 
@@ -1844,14 +1863,14 @@ async def end_logins(session: AsyncSession, user_id: int) -> None:
 @users.get("", responses=errors(403))
 async def list_users(
     query: Annotated[UserQuery, Query()], me: CurrentUser, session: ReadSession
-) -> Page[UserRead] | Page[UserPublic]:
-    """All users, by id. Superusers see every field, and may filter by `is_active`."""
+) -> UserPage | UserPublicPage:
+    """List users by id; superusers see all fields and filter by is_active."""
     statement = select(User)
     if query.is_active is not None:
         if not me.is_superuser:
             raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins filter by is_active")
         statement = statement.where(User.is_active == query.is_active)
-    model: type[UserPublic] = UserRead if me.is_superuser else UserPublic
+    model = UserPage if me.is_superuser else UserPublicPage
     return await paginate(session, statement, (col(User.id),), query, model)
 
 
@@ -2373,6 +2392,10 @@ class VerifyQuery(BaseModel):
     sign_in: list[bool] = Field(default=[False], max_length=1)
 
 
+class SignInForm(LoginForm):
+    next: str = "/"
+
+
 gate = APIRouter(tags=["auth"])
 
 
@@ -2414,13 +2437,12 @@ async def show_sign_in(request: Request, visitor: Visitor) -> Response:
 
 @gate.post("/sign-in", dependencies=[Depends(check_origin)], include_in_schema=False)
 async def sign_in(
-    form: SignInForm,
+    form: Annotated[SignInForm, Form()],
     request: Request,
     read_session: ReadSession,
     session: WriteSession,
-    next: Annotated[str, Form()] = "/",
 ) -> Response:
-    path = local_path(next)
+    path = local_path(form.next)
     try:
         user = await authenticate(form, request, read_session, session)
     except APIError as error:
