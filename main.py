@@ -640,7 +640,8 @@ class StrictBody(SQLModel):
 #                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
 #   4. Shared stores    `limiter.store`, `hub.publish` and `memory.generation`: Redis replaces them.
 #
-# Chapters also add their paths to `body_limits` and `path_limits`, the demo its `demo_accounts`.
+# Chapters also add their paths to `body_limits` and `path_limits`, what /docs says of them to
+# `tags` and `app.description`, and the demo its `demo_accounts`.
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_FORM_BYTES = 16 * 1024
@@ -657,6 +658,7 @@ body_limits: dict[str, int] = {}  # by the beginning of a path
 lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
 listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
 demo_accounts: list[dict[str, str]] = []  # shown at the start, and buttons on the page
+tags: list[dict[str, str]] = []  # the headings of /docs, in this order
 
 
 def at_start(function: Callable[[], AsyncIterator[None]]) -> None:
@@ -828,6 +830,7 @@ app = FastAPI(
     lifespan=lifespan,
     docs_url=None,
     redoc_url=None,
+    openapi_tags=tags,
     openapi_url=None if settings.production else "/openapi.json",
     redirect_slashes=False,  # the redirect would repeat the Host that the client sent
     generate_unique_id_function=lambda route: route.name,
@@ -836,6 +839,7 @@ app = FastAPI(
     middleware=[Middleware(RequestMiddleware)],
     exception_handlers=exception_handlers,
 )
+tags.append({"name": "health", "description": "For monitors and load balancers"})
 
 
 async def is_database_up() -> bool:
@@ -1183,7 +1187,7 @@ async def check_origin(request: HTTPConnection) -> None:
         raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
 
 
-BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
+BearerToken = Annotated[str | None, Depends(TokenBearer(f".{API}/auth/login"))]
 ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
 
 
@@ -1322,6 +1326,9 @@ def create_tokens(login_session: LoginSession, response: Response) -> Token:
     return Token(access_token=access, refresh_token=refresh, expires_in=seconds)
 
 
+tags.append({"name": "auth", "description": "Accounts, logins and tokens"})
+tags.append({"name": "users", "description": "Your own account, and those of others"})
+app.description += "To sign in, press **Authorize**: the username is your email."
 auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422, 429))
 path_limits[f"{API}/auth/register"] = AUTH_LIMIT
 path_limits[f"{API}/auth/login"] = AUTH_LIMIT
@@ -1597,6 +1604,7 @@ def filter_posts(query: PostQuery, created_at: Any) -> Any:
     return statement
 
 
+tags.append({"name": "posts", "description": "Drafts, publishing and lists"})
 posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
 
 
@@ -1715,6 +1723,7 @@ class CommentDeleted(SQLModel):
     post_id: int
 
 
+tags.append({"name": "comments", "description": "What people say about a post"})
 comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
 
 
@@ -2117,6 +2126,7 @@ async def get_listener_place(request: HTTPConnection) -> AsyncIterator[None]:
 
 
 ListenerPlace = Annotated[None, Depends(get_listener_place)]
+tags.append({"name": "live", "description": "What happens to posts, as a stream"})
 live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
 
 
@@ -2809,9 +2819,11 @@ async def fill_demo() -> AsyncIterator[None]:
 if settings.demo:
     lifespans.insert(0, asynccontextmanager(own_demo_files))  # around all others: it ends last
     at_start(fill_demo)
+    app.description += "\n\nIn this demo you can sign in as:\n"
     for name, role in DEMO_ROLES.items():
         account = {"name": name, "email": f"{name.lower()}@example.com", "role": role}
         demo_accounts.append(account | {"password": DEMO_PASSWORD})
+        app.description += f"\n- `{account['email']}`, password `{DEMO_PASSWORD}` ({role})"
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -2986,6 +2998,8 @@ CONTENT_POLICY = (
     "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
     "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
 )
+tags.append({"name": "page", "description": "All of it, in a browser"})
+app.description += "\n\n[The page](./) shows what the service does, without a command."
 
 
 @app.head("/", include_in_schema=False)
