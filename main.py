@@ -856,7 +856,7 @@ async def is_database_up() -> bool:
 @app.head("/health", include_in_schema=False)
 @app.get("/health", tags=["health"])
 async def get_health() -> dict[str, str]:
-    """Does the database answer within a second?"""
+    """Check that the database answers within a second."""
     ping = getattr(app.state, "ping", None)
     if ping is None or ping.done():  # requests at the same time share one
         ping = app.state.ping = asyncio.create_task(is_database_up())
@@ -881,6 +881,18 @@ async def get_docs() -> HTMLResponse:
     )
 
 
+def make_openapi() -> dict[str, Any]:
+    """FastAPI's, but a docstring's first line is the summary, and the rest the description."""
+    schema = FastAPI.openapi(app)
+    for operation in [one for path in schema["paths"].values() for one in path.values()]:
+        made_of_name = operation["operationId"].replace("_", " ").title()
+        if operation["summary"] == made_of_name and "description" in operation:
+            summary, _, description = operation["description"].partition("\n")
+            operation |= {"summary": summary, "description": description.strip()}
+    return schema
+
+
+app.openapi = make_openapi  # type: ignore[method-assign]
 if not settings.production:
     app.add_api_route("/docs", get_docs, include_in_schema=False)
     app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
@@ -1349,7 +1361,7 @@ async def register(body: UserCreate, session: WriteSession) -> UserRead:
 async def login(
     user: Annotated[User, Depends(authenticate)], session: WriteSession, response: Response
 ) -> Token:
-    """Sign in: send the email as `username`."""
+    """Sign in, with your email as the username."""
     return create_tokens(await open_login_session(session, user), response)
 
 
@@ -1400,7 +1412,7 @@ app.include_router(auth)
 
 @app.get(f"{API}/users/me", tags=["users"], responses=errors(401, 429))
 async def get_me(me: CurrentUser) -> UserRead:
-    """Yourself."""
+    """Show your own account."""
     return me
 
 
@@ -1643,14 +1655,14 @@ async def create_post(
 
 @posts.get("/{post_id}", responses=errors(404), openapi_extra=ANONYMOUS_TOO)
 async def get_post(post: VisiblePost) -> PostRead:
-    """One post. Drafts are visible only to their author and to superusers."""
+    """Show a post; drafts only to their author and to superusers."""
     return PostRead.model_validate(post)
 
 
 @posts.put("/{post_id}", name="put_post", responses=errors(403, 404, 409))
 @posts.patch("/{post_id}", responses=errors(403, 404, 409))
 async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) -> PostRead:
-    """Change the fields that are sent. With `version` only if nobody was faster."""
+    """Change a post; a version that is sent must be the current one."""
     if body.version not in (None, post.version):
         raise APIError("CONFLICT", f"The post has changed: its version is {post.version}")
     changes = body.model_dump(exclude_unset=True, exclude={"version"})
@@ -1671,7 +1683,7 @@ async def delete_post(post: OwnPost, session: WriteSession) -> None:
 
 @posts.post("/{post_id}/publish", responses=errors(403, 404))
 async def publish_post(post: PostToChange, me: CurrentUser, session: WriteSession) -> PostRead:
-    """Publish your draft. There is no way back; doing it twice changes nothing."""
+    """Publish your draft, for good; doing it twice changes nothing."""
     if post.author_id != me.id:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only its author publishes a post")
     if not post.is_published:
@@ -1898,7 +1910,7 @@ async def create_user(
 
 @users.get("/{user}", responses=errors(404))
 async def get_user(user_id: UserId, me: CurrentUser, session: ReadSession) -> UserRead | UserPublic:
-    """One user. Yourself you see with every field, and so do superusers everybody."""
+    """Show a user, with every field to themselves and to superusers."""
     user = await find_user(session, user_id)
     if user_id == me.id or me.is_superuser:
         return UserRead.model_validate(user)
@@ -1914,7 +1926,7 @@ async def update_user(
     read_session: ReadSession,
     session: WriteSession,
 ) -> UserRead:
-    """Change the fields that are sent. Your own email or password needs `current_password`."""
+    """Change an account; your own email or password needs current_password."""
     sent = body.model_fields_set
     check_may_change_role(sent, user_id, me)
     checked = None
@@ -2138,7 +2150,7 @@ async def stream_events(
     last_event_id: str = "",
     resumed: Annotated[str, Header(alias="Last-Event-ID")] = "",
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happens to published posts, or to one. Name your last event to get what you missed."""
+    """Stream what happens to published posts, from your last event on."""
     last_id = resumed or last_event_id
     position = events.position_after(last_id) if last_id else events.position
     async for event in events.subscribe(position, post_id):
@@ -2413,8 +2425,9 @@ gate = APIRouter(tags=["auth"])
 async def verify(
     query: Annotated[VerifyQuery, Query()], visitor: Visitor, request: Request
 ) -> Response:
-    """Who is asking, by token or by cookie? With `role=admin` only admins pass. With
-    `sign_in=true` a browser is sent to the sign-in page."""
+    """Tell a proxy who is asking, by token or by cookie.
+
+    With `role=admin` only admins pass, with `sign_in=true` browsers get the sign-in page."""
     if visitor is None:
         headers = request.headers
         is_page = "text/html" in headers.get("accept", "").lower()
@@ -2536,7 +2549,7 @@ passwords = APIRouter(tags=["auth"], responses=errors(422, 429))
 async def forgot_password(
     body: PasswordForgotten, request: Request, background: BackgroundTasks, session: ReadSession
 ) -> None:
-    """Get a link by mail to choose a new password. The answer is the same for every email."""
+    """Send a link for a new password; every email gets the same answer."""
     await limit_email(body.email, request)
     statement = select(User).where(User.email == body.email, User.is_active)
     found = (await session.exec(statement)).first()
@@ -2547,7 +2560,7 @@ async def forgot_password(
 
 @passwords.post(f"{API}/auth/reset-password", status_code=204, responses=errors(401))
 async def reset_password(body: PasswordReset, session: WriteSession) -> None:
-    """Choose a new password, with the token of the link. All your sessions end."""
+    """Choose a new password with the token of the link; all sessions end."""
     claims = decode_token(body.token, "reset")
     hashed_password = await hash_password(body.password)
     user = await session.get(User, claims.sub, with_for_update=True)

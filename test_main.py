@@ -742,6 +742,18 @@ def test_the_docs_load_without_internet_and_are_off_in_production(client, url, p
         assert_error(production.get(production.base_url.join(f"/{file}")), 404, "NOT_FOUND")
 
 
+def test_the_docs_describe_routes_in_sentences_and_give_schemas_plain_names(client, url, calls):
+    document = client.get(f"{url}/openapi.json").json()
+    for *_, about in calls:
+        assert re.fullmatch("[A-Z].{10,70}[.]", about["summary"]), "the docstring's first line"
+        assert about["tags"][0] in {tag["name"] for tag in document["tags"] if tag["description"]}
+    for name in document["components"]["schemas"]:
+        assert re.fullmatch("([A-Z][a-z]+)+", name)
+    assert re.search(r"Authorize.+\(\./\)", document["info"]["description"], re.DOTALL)
+    flow = document["components"]["securitySchemes"]["TokenBearer"]["flows"]["password"]
+    assert flow["tokenUrl"].startswith("./")  # so that it works under a prefix, as the page does
+
+
 def propose(schema, schemas):
     """What Swagger UI proposes: an example, the default, or something of the type."""
     schema = schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
@@ -2087,8 +2099,13 @@ def try_own_application():
 
     @main.app.get("/shop")
     def get_email(me: main.CurrentUser) -> str:
+        """Say who buys.
+
+        It is their email."""
         return me.email
 
+    main.app.get("/pay", name="pay", summary="Pay now")(get_email)
+    main.app.get("/leave", name="leave_shop")(lambda: None)
     parent = FastAPI(lifespan=main.lifespan)
     parent.mount("/nut", main.app)
     for app, root in ((main.app, ""), (main.app, ""), (parent, "/nut")):
@@ -2107,7 +2124,13 @@ def try_own_application():
             with client.websocket_connect(room, headers=headers) as socket:
                 socket.send_json({"type": "message", "text": "Hello"})
                 assert socket.receive_json()["text"] == "Hello"
-            assert "/shop" in client.get(f"{root}/openapi.json").json()["paths"]
+            paths = client.get(f"{root}/openapi.json").json()["paths"]
+            abouts = [paths[path]["get"] for path in ("/shop", "/pay", "/leave")]
+            assert [(about["summary"], about.get("description")) for about in abouts] == [
+                ("Say who buys.", "It is their email."),
+                ("Pay now", "Say who buys.\n\nIt is their email."),
+                ("Leave Shop", None),
+            ]
             assert client.get(f"{root}/docs/swagger-ui.css").status_code == 200
         main.settings.first_superuser_password = NEW_PASSWORD  # not for an admin that exists
 
