@@ -51,6 +51,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
+from errno import EADDRINUSE
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -3052,6 +3053,19 @@ async def print_start_lines() -> AsyncIterator[None]:
     yield
 
 
+def check_port() -> None:
+    """uvicorn would find it taken only after the database was opened."""
+    host = str(settings.host)
+    try:
+        for family, *_, address in socket.getaddrinfo(host, settings.port, 0, socket.SOCK_STREAM):
+            socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno != EADDRINUSE:
+            raise
+        print(f"PORT: {settings.port} is in use", file=sys.stderr)
+        raise SystemExit(3) from None
+
+
 # Each of several processes imports this file as __mp_main__. Only the first of them prints.
 if __name__ in ("__main__", "__mp_main__"):
     is_first = current_process().name in ("MainProcess", "SpawnProcess-1")
@@ -3059,6 +3073,7 @@ if __name__ in ("__main__", "__mp_main__"):
         at_start(print_start_lines)
 
 if __name__ == "__main__":
+    check_port()
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
         "__main__:app",  # a string, since each of several processes imports it

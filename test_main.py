@@ -2166,7 +2166,9 @@ FAILING_STARTS = [
         {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/a.db"},
         "(?s).*Traceback .*/nowhere/a.db.*",
     ),
-    ("main", {}, ".* in use.*\n"),  # the port of the server of these tests
+    ("main", {"HOST": "203.0.113.1"}, "(?s)Traceback .*203.0.113.1.*"),  # not of this machine
+    ("main", {}, r"PORT: \d+ is in use\n"),  # by the server of these tests
+    ("main", {"HOST": "localhost"}, r"PORT: \d+ is in use\n"),
 ]
 
 
@@ -2175,14 +2177,16 @@ def test_a_start_that_fails_says_why(tmp_path, url):
         old.execute("CREATE TABLE post (id INTEGER PRIMARY KEY, title TEXT)")
     with closing(sqlite3.connect(tmp_path / "older.db")) as older:  # it lacks an index
         older.execute("CREATE TABLE comment (id, text, post_id, author_id, created_at, updated_at)")
-    common = {"PORT": url.rpartition(":")[2], "PYTHONPATH": str(Path(main.__file__).parent)}
+    common = {"PORT": str(free_port()), "PYTHONPATH": str(Path(main.__file__).parent)}
 
     def start(number):
-        module, settings, _ = FAILING_STARTS[number]
-        options = {"cwd": tmp_path, "env": ENVIRONMENT | common | settings, "text": True}
+        module, settings, problem = FAILING_STARTS[number]
+        port = {"PORT": url.rpartition(":")[2]} if "in use" in problem else {}
+        options = {"cwd": tmp_path, "env": ENVIRONMENT | common | settings | port, "text": True}
         command = [sys.executable, "-m", *module.split()]
         return subprocess.run(command, timeout=60, capture_output=True, **options)
 
     for number, ended in enumerate(at_once(len(FAILING_STARTS), start)):
         assert re.fullmatch(FAILING_STARTS[number][2], ended.stderr), ended.stderr
-        assert ended.returncode in (1, 3)
+        assert ended.returncode == (1 if ended.stderr.startswith("Traceback") else 3)
+    assert not (tmp_path / "app.db").exists()
