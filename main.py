@@ -3049,6 +3049,8 @@ async def print_start_lines() -> AsyncIterator[None]:
     print(f"admin     {admins or how}")
     for account in demo_accounts:
         print(f"sign in   {account['email']}  {account['password']}  ({account['role']})")
+    if demo_accounts and not getattr(settings.host, "is_loopback", True):
+        print("warning   everybody who reaches this address knows these passwords")
     sys.stdout.flush()
     yield
 

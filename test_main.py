@@ -2071,6 +2071,12 @@ def test_the_demo_has_data_and_its_end_waits_for_mails_and_deletes_it(tmp_path, 
     assert [file.name for file in tmp_path.iterdir()] == ["log"]
 
 
+def test_a_demo_that_others_reach_warns_that_its_passwords_are_known(tmp_path, development):
+    with run_main(tmp_path, DEMO="true", HOST="0.0.0.0") as client:  # noqa: S104
+        assert re.search("(?m)^warning .+ knows these passwords$", client.read_log())
+    assert "knows these passwords" not in development.read_log()
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
