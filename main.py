@@ -2805,7 +2805,8 @@ async def own_demo_files() -> AsyncIterator[None]:
 
 
 async def fill_demo() -> AsyncIterator[None]:
-    """Twelve posts with their comments, five hours apart, and last a draft."""
+    """Twelve posts with their comments, the oldest five days old, and last a draft."""
+    now = utc_now()
     hashed_password = await hash_password(DEMO_PASSWORD)
     lines = DEMO_POSTS.strip().splitlines()
     async with prepare_database() as session:
@@ -2820,13 +2821,15 @@ async def fill_demo() -> AsyncIterator[None]:
             name, title, content = first.split(": ")
             post = Post(title=title, content=content, author_id=people[name].id)
             post.is_published = number < len(lines)
-            post.created_at = utc_now() - timedelta(hours=5 * (len(lines) - number))
+            age = timedelta(seconds=10 * 2.43 ** (len(lines) - number))
+            post.created_at = post.updated_at = now - age
             session.add(post)
             await session.flush()
-            for reply in replies:
+            for position, reply in enumerate(replies, 1):
                 name, text = reply.split(": ")
-                author_id = people[name].id
-                session.add(Comment(text=text, author_id=author_id, post_id=post.id))
+                comment = Comment(text=text, author_id=people[name].id, post_id=post.id)
+                comment.created_at = now - age * 0.9**position  # before the next post
+                session.add(comment)
     yield
 
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from email import message_from_bytes, policy
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -2051,6 +2051,10 @@ def test_a_forgotten_password_is_changed_in_a_browser(browser, ann, mail_server)
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
+def created_at(item):
+    return datetime.fromisoformat(item["created_at"])
+
+
 def test_the_demo_has_data_and_its_end_waits_for_mails_and_deletes_it(tmp_path, mail_server):
     mail_server.seconds = 0.5
     with run_main(tmp_path, DEMO="true", SMTP_URL=f"smtp://{mail_server.address}") as client:
@@ -2062,8 +2066,19 @@ def test_the_demo_has_data_and_its_end_waits_for_mails_and_deletes_it(tmp_path, 
         assert roles == ["user", "user", "admin"]
         posts = client.get("/posts?sort=-created_at").json()["items"]
         comments = [client.get(f"/posts/{post['id']}/comments").json() for post in posts]
-        assert len(posts) == 12
+        assert [post["id"] for post in posts] == list(range(12, 0, -1))
+        assert all(post["updated_at"] == post["created_at"] for post in posts)
         assert sum(page["total"] for page in comments) >= 10
+        story = [[post, *page["items"]] for post, page in zip(posts, comments, strict=True)]
+        ages = [[main.utc_now() - created_at(one) for one in part] for part in story]
+        assert ages[0][0] < timedelta(minutes=1.5)
+        assert timedelta(days=4.5) < ages[11][0] < timedelta(days=5.5)
+        assert all(older[0] > newer[0] * 1.5 for newer, older in pairwise(ages))
+        ages = [age for part in reversed(ages) for age in part]
+        assert [*ages, timedelta(0)] == sorted([*ages, timedelta(0)], reverse=True)
+        about = client.get(client.base_url.join("/openapi.json")).json()["info"]["description"]
+        assert all(part in about for line in lines for part in line.split())
+        assert "everybody who reaches" not in client.read_log()
         assert not ann.api.get("/users/me/posts").json()["items"][0]["is_published"]
         client.post("/auth/register", json={"email": "wait@b.co", "password": PASSWORD})
         assert not mail_server.mails_to("wait@b.co")  # it is sent after the response
