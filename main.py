@@ -62,6 +62,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from email.message import EmailMessage
+from errno import EADDRINUSE
 from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -86,7 +87,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.requests import HTTPConnection
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
-from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from fastapi.security import OAuth2PasswordBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from jose import jwk, jwt
@@ -162,7 +163,8 @@ def check_redis_url(value: AnyUrl) -> AnyUrl:
 EmailRules = Field(max_length=254, schema_extra={"json_schema_extra": {"format": "email"}})
 Email = Annotated[str, EmailRules, AfterValidator(normalize_email), Examples(["dora@example.com"])]
 PasswordRules = StringConstraints(min_length=8, max_length=128)
-Password = Annotated[str, PasswordRules, NO_NUL, AfterValidator(check_password)]
+PasswordExample = Examples(["correct-horse"])
+Password = Annotated[str, PasswordRules, NO_NUL, AfterValidator(check_password), PasswordExample]
 DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
 PublicUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]*[^\s?#/]$")]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z\d+.-]*://[^/\s?#@A-Z]+)$")]
@@ -650,7 +652,8 @@ class StrictBody(SQLModel):
 #                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
 #   4. Shared stores    `limiter.store`, `hub.publish` and `memory.generation`: Redis replaces them.
 #
-# Chapters also add their paths to `body_limits` and `path_limits`, the demo its `demo_accounts`.
+# Chapters also add their paths to `body_limits` and `path_limits`, what /docs says of them to
+# `tags` and `app.description`, and the demo its `demo_accounts`.
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_FORM_BYTES = 16 * 1024
@@ -667,6 +670,7 @@ body_limits: dict[str, int] = {}  # by the beginning of a path
 lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
 listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
 demo_accounts: list[dict[str, str]] = []  # shown at the start, and buttons on the page
+tags: list[dict[str, str]] = []  # the headings of /docs, in this order
 
 
 def at_start(function: Callable[[], AsyncIterator[None]]) -> None:
@@ -838,6 +842,7 @@ app = FastAPI(
     lifespan=lifespan,
     docs_url=None,
     redoc_url=None,
+    openapi_tags=tags,
     openapi_url=None if settings.production else "/openapi.json",
     redirect_slashes=False,  # the redirect would repeat the Host that the client sent
     generate_unique_id_function=lambda route: route.name,
@@ -846,6 +851,7 @@ app = FastAPI(
     middleware=[Middleware(RequestMiddleware)],
     exception_handlers=exception_handlers,
 )
+tags.append({"name": "health", "description": "For monitors and load balancers"})
 
 
 async def is_database_up() -> bool:
@@ -862,7 +868,7 @@ async def is_database_up() -> bool:
 @app.head("/health", include_in_schema=False)
 @app.get("/health", tags=["health"])
 async def get_health() -> dict[str, str]:
-    """Does the database answer within a second?"""
+    """Check that the database answers within a second."""
     ping = getattr(app.state, "ping", None)
     if ping is None or ping.done():  # requests at the same time share one
         ping = app.state.ping = asyncio.create_task(is_database_up())
@@ -887,6 +893,18 @@ async def get_docs() -> HTMLResponse:
     )
 
 
+def make_openapi() -> dict[str, Any]:
+    """FastAPI's, but a docstring's first line is the summary, and the rest the description."""
+    schema = FastAPI.openapi(app)
+    for operation in [one for path in schema["paths"].values() for one in path.values()]:
+        made_of_name = operation["operationId"].replace("_", " ").title()
+        if operation["summary"] == made_of_name and "description" in operation:
+            summary, _, description = operation["description"].partition("\n")
+            operation |= {"summary": summary, "description": description.strip()}
+    return schema
+
+
+app.openapi = make_openapi  # type: ignore[method-assign]
 if not settings.production:
     app.add_api_route("/docs", get_docs, include_in_schema=False)
     app.mount("/docs", StaticFiles(packages=[("fastapi_swagger", "resources")]))
@@ -1094,7 +1112,7 @@ Role = Literal["user", "admin"]
 
 class UserBase(StrictBody):
     first_name: Name = None
-    last_name: Name = None
+    last_name: Name = Field(default=None, schema_extra={"examples": ["Lee"]})
     age: Age = None
 
 
@@ -1193,7 +1211,7 @@ async def check_origin(request: HTTPConnection) -> None:
         raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
 
 
-BearerToken = Annotated[str | None, Depends(TokenBearer(f"{API}/auth/login"))]
+BearerToken = Annotated[str | None, Depends(TokenBearer(f".{API}/auth/login"))]
 ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
 
 
@@ -1273,11 +1291,20 @@ async def add_user(session: AsyncSession, body: UserCreate, hashed_password: str
     return UserRead.model_validate(user)
 
 
-SignInForm = Annotated[OAuth2PasswordRequestForm, Depends()]
+class LoginForm(BaseModel):  # OAuth2 has more fields, which are ignored
+    username: str
+    password: str
+
+
+class RefreshForm(BaseModel):
+    refresh_token: str
 
 
 async def authenticate(
-    form: SignInForm, request: Request, read_session: ReadSession, session: WriteSession
+    form: Annotated[LoginForm, Form()],
+    request: Request,
+    read_session: ReadSession,
+    session: WriteSession,
 ) -> User:
     """The user with this email and password. What is wrong shows neither in the text nor in the
     time that it takes."""
@@ -1323,6 +1350,9 @@ def create_tokens(login_session: LoginSession, response: Response) -> Token:
     return Token(access_token=access, refresh_token=refresh, expires_in=seconds)
 
 
+tags.append({"name": "auth", "description": "Accounts, logins and tokens"})
+tags.append({"name": "users", "description": "Your own account, and those of others"})
+app.description += "To sign in, press **Authorize**: the username is your email."
 auth = APIRouter(prefix=f"{API}/auth", tags=["auth"], responses=errors(422, 429))
 path_limits[f"{API}/auth/register"] = AUTH_LIMIT
 path_limits[f"{API}/auth/login"] = AUTH_LIMIT
@@ -1343,16 +1373,16 @@ async def register(body: UserCreate, session: WriteSession) -> UserRead:
 async def login(
     user: Annotated[User, Depends(authenticate)], session: WriteSession, response: Response
 ) -> Token:
-    """Sign in: send the email as `username`."""
+    """Sign in, with your email as the username."""
     return create_tokens(await open_login_session(session, user), response)
 
 
 @auth.post("/refresh", responses=errors(401))
 async def refresh(
-    refresh_token: Annotated[str, Form()], session: WriteSession, response: Response
+    form: Annotated[RefreshForm, Form()], session: WriteSession, response: Response
 ) -> Token:
-    """Exchange a refresh token for new ones. One used over 10 s ago ends the session."""
-    claims = decode_token(refresh_token, "refresh")
+    """Exchange a refresh token for new tokens; a used one ends the session."""
+    claims = decode_token(form.refresh_token, "refresh")
     # Locked until the commit: of two requests at once the second sees what the first has written.
     locked = LOGIN_OF_TOKEN.with_for_update(of=LoginSession)
     _, login_session = await find_login(session, claims, locked)
@@ -1394,7 +1424,7 @@ app.include_router(auth)
 
 @app.get(f"{API}/users/me", tags=["users"], responses=errors(401, 429))
 async def get_me(me: CurrentUser) -> UserRead:
-    """Yourself."""
+    """Show your own account."""
     return me
 
 
@@ -1405,6 +1435,7 @@ async def get_me(me: CurrentUser) -> UserRead:
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
 Content = Annotated[str, Field(min_length=1, max_length=20_000), NotBlank, Examples(["They hum."])]
 Item = TypeVar("Item", bound=BaseModel)
+AnyPage = TypeVar("AnyPage", bound="Page[Any]")
 FILTERED_BY = ("author_id", "created_at")
 Sort = Literal["created_at", "-created_at", "updated_at", "-updated_at", "title", "-title"]
 
@@ -1488,14 +1519,17 @@ class Page(BaseModel, Generic[Item]):
     pages: int | None = None
 
 
+class PostPage(Page[PostRead]): ...  # Page[PostRead] would be Page_PostRead_ in /docs
+
+
 async def paginate(
     session: AsyncSession,
     statement: Any,
     order: tuple[Any, ...],
     query: PageQuery,
-    model: type[Item],
+    model: type[AnyPage],
     count: Any = None,
-) -> Page[Item]:
+) -> AnyPage:
     """One page of what the statement selects. The database sorts ids, which are small, and then
     reads the rows of this page alone."""
     table = statement.column_descriptions[0]["entity"]
@@ -1503,14 +1537,13 @@ async def paginate(
         count = statement.with_only_columns(func.count(), maintain_column_froms=True)
     total = (await session.exec(count)).one()
     offset = (query.page - 1) * query.size
-    items: list[Item] = []
+    rows: list[Any] = []
     if offset < total:
         ids = statement.with_only_columns(table.id).order_by(*order)
         ids = ids.offset(offset).limit(query.size)
-        rows = await session.exec(select(table).where(table.id.in_(ids)).order_by(*order))
-        items = [model.model_validate(row) for row in rows]
+        rows = list(await session.exec(select(table).where(table.id.in_(ids)).order_by(*order)))
     pages = ceil(total / query.size)
-    return Page(items=items, total=total, page=query.page, size=query.size, pages=pages)
+    return model(items=rows, total=total, page=query.page, size=query.size, pages=pages)
 
 
 PageParams = Annotated[PageQuery, Query()]
@@ -1595,26 +1628,27 @@ def filter_posts(query: PostQuery, created_at: Any) -> Any:
     return statement
 
 
+tags.append({"name": "posts", "description": "Drafts, publishing and lists"})
 posts = APIRouter(prefix=f"{API}/posts", tags=["posts"], responses=errors(401, 422, 429))
 
 
 @posts.get("", openapi_extra=ANONYMOUS_TOO)
 async def list_posts(
     query: Annotated[PostQuery, Query()], me: OptionalUser, session: ReadSession
-) -> Page[PostRead]:
-    """Published posts, newest first. `before` reads on from a post, fast however many there are."""
+) -> PostPage:
+    """List published posts, newest first, or those before a given post."""
     sort = query.sort or "-id"
     column = getattr(Post, sort.removeprefix("-"))
     statement = filter_posts(query, CREATED_AT_WITHOUT_INDEX)
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
-        return Page(items=[PostRead.model_validate(row) for row in rows], size=query.size)
+        return PostPage(items=[PostRead.model_validate(row) for row in rows], size=query.size)
     order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
     count = COUNT_PUBLISHED
     if query.author or query.min_date or query.max_date:
         count = filter_posts(query, Post.created_at).with_only_columns(func.count())
-    return await paginate(session, statement, order, query, PostRead, count)
+    return await paginate(session, statement, order, query, PostPage, count)
 
 
 @posts.post("", status_code=201, responses=errors(409))
@@ -1633,14 +1667,14 @@ async def create_post(
 
 @posts.get("/{post_id}", responses=errors(404), openapi_extra=ANONYMOUS_TOO)
 async def get_post(post: VisiblePost) -> PostRead:
-    """One post. Drafts are visible only to their author and to superusers."""
+    """Show a post; drafts only to their author and to superusers."""
     return PostRead.model_validate(post)
 
 
 @posts.put("/{post_id}", name="put_post", responses=errors(403, 404, 409))
 @posts.patch("/{post_id}", responses=errors(403, 404, 409))
 async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) -> PostRead:
-    """Change the fields that are sent. With `version` only if nobody was faster."""
+    """Change a post; a version that is sent must be the current one."""
     if body.version not in (None, post.version):
         raise APIError("CONFLICT", f"The post has changed: its version is {post.version}")
     changes = body.model_dump(exclude_unset=True, exclude={"version"})
@@ -1661,7 +1695,7 @@ async def delete_post(post: OwnPost, session: WriteSession) -> None:
 
 @posts.post("/{post_id}/publish", responses=errors(403, 404))
 async def publish_post(post: PostToChange, me: CurrentUser, session: WriteSession) -> PostRead:
-    """Publish your draft. There is no way back; doing it twice changes nothing."""
+    """Publish your draft, for good; doing it twice changes nothing."""
     if post.author_id != me.id:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only its author publishes a post")
     if not post.is_published:
@@ -1675,10 +1709,10 @@ app.include_router(posts)
 
 
 @app.get(f"{API}/users/me/posts", tags=["posts"], responses=errors(401, 422, 429))
-async def list_my_posts(query: PageParams, me: CurrentUser, session: ReadSession) -> Page[PostRead]:
-    """Your own posts, newest first, drafts included."""
+async def list_my_posts(query: PageParams, me: CurrentUser, session: ReadSession) -> PostPage:
+    """List your own posts, newest first, drafts included."""
     statement = select(Post).where(Post.author_id == me.id)
-    return await paginate(session, statement, (col(Post.id).desc(),), query, PostRead)
+    return await paginate(session, statement, (col(Post.id).desc(),), query, PostPage)
 
 
 # --- Comments -------------------------------------------------------------------------------------
@@ -1705,21 +1739,23 @@ class CommentRead(CommentCreate):
     created_at: datetime
 
 
+class CommentPage(Page[CommentRead]): ...
+
+
 class CommentDeleted(SQLModel):
     id: int
     post_id: int
 
 
+tags.append({"name": "comments", "description": "What people say about a post"})
 comments = APIRouter(prefix=API, tags=["comments"], responses=errors(401, 404, 422, 429))
 
 
 @comments.get("/posts/{post_id}/comments", openapi_extra=ANONYMOUS_TOO)
-async def list_comments(
-    post: VisiblePost, query: PageParams, session: ReadSession
-) -> Page[CommentRead]:
-    """The comments on a post, oldest first."""
+async def list_comments(post: VisiblePost, query: PageParams, session: ReadSession) -> CommentPage:
+    """List the comments on a post, oldest first."""
     statement = select(Comment).where(Comment.post_id == post.id)
-    return await paginate(session, statement, (col(Comment.id),), query, CommentRead)
+    return await paginate(session, statement, (col(Comment.id),), query, CommentPage)
 
 
 @comments.post("/posts/{post_id}/comments", status_code=201, responses=errors(409))
@@ -1772,6 +1808,7 @@ Superuser = Annotated[UserRead, Depends(require_role("admin"))]
 
 
 class UserCreateByAdmin(UserCreate):
+    email: Email = Field(schema_extra={"examples": ["eve@example.com"]})
     role: Role = "user"
     is_active: StrictBool = True
 
@@ -1788,6 +1825,12 @@ class UserUpdate(UserBase):
     current_password: Annotated[str, StringConstraints(max_length=128)] = ""
     role: Role = Field(default="user")
     is_active: StrictBool = Field(default=True)
+
+
+class UserPage(Page[UserRead]): ...
+
+
+class UserPublicPage(Page[UserPublic]): ...
 
 
 class UserQuery(PageQuery):
@@ -1853,14 +1896,14 @@ async def end_logins(session: AsyncSession, user_id: int) -> None:
 @users.get("", responses=errors(403))
 async def list_users(
     query: Annotated[UserQuery, Query()], me: CurrentUser, session: ReadSession
-) -> Page[UserRead] | Page[UserPublic]:
-    """All users, by id. Superusers see every field, and may filter by `is_active`."""
+) -> UserPage | UserPublicPage:
+    """List users by id; superusers see all fields and filter by is_active."""
     statement = select(User)
     if query.is_active is not None:
         if not me.is_superuser:
             raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins filter by is_active")
         statement = statement.where(User.is_active == query.is_active)
-    model: type[UserPublic] = UserRead if me.is_superuser else UserPublic
+    model = UserPage if me.is_superuser else UserPublicPage
     return await paginate(session, statement, (col(User.id),), query, model)
 
 
@@ -1879,7 +1922,7 @@ async def create_user(
 
 @users.get("/{user}", responses=errors(404))
 async def get_user(user_id: UserId, me: CurrentUser, session: ReadSession) -> UserRead | UserPublic:
-    """One user. Yourself you see with every field, and so do superusers everybody."""
+    """Show a user, with every field to themselves and to superusers."""
     user = await find_user(session, user_id)
     if user_id == me.id or me.is_superuser:
         return UserRead.model_validate(user)
@@ -1895,7 +1938,7 @@ async def update_user(
     read_session: ReadSession,
     session: WriteSession,
 ) -> UserRead:
-    """Change the fields that are sent. Your own email or password needs `current_password`."""
+    """Change an account; your own email or password needs current_password."""
     sent = body.model_fields_set
     check_may_change_role(sent, user_id, me)
     checked = None
@@ -2107,6 +2150,7 @@ async def get_listener_place(request: HTTPConnection) -> AsyncIterator[None]:
 
 
 ListenerPlace = Annotated[None, Depends(get_listener_place)]
+tags.append({"name": "live", "description": "What happens to posts, as a stream"})
 live = APIRouter(prefix=API, tags=["live"], responses=errors(401, 422, 429))
 
 
@@ -2118,7 +2162,7 @@ async def stream_events(
     last_event_id: str = "",
     resumed: Annotated[str, Header(alias="Last-Event-ID")] = "",
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happens to published posts, or to one. Name your last event to get what you missed."""
+    """Stream what happens to published posts, from your last event on."""
     last_id = resumed or last_event_id
     position = events.position_after(last_id) if last_id else events.position
     async for event in events.subscribe(position, post_id):
@@ -2382,6 +2426,10 @@ class VerifyQuery(BaseModel):
     sign_in: list[bool] = Field(default=[False], max_length=1)
 
 
+class SignInForm(LoginForm):
+    next: str = "/"
+
+
 gate = APIRouter(tags=["auth"])
 
 
@@ -2389,8 +2437,9 @@ gate = APIRouter(tags=["auth"])
 async def verify(
     query: Annotated[VerifyQuery, Query()], visitor: Visitor, request: Request
 ) -> Response:
-    """Who is asking, by token or by cookie? With `role=admin` only admins pass. With
-    `sign_in=true` a browser is sent to the sign-in page."""
+    """Tell a proxy who is asking, by token or by cookie.
+
+    With `role=admin` only admins pass, with `sign_in=true` browsers get the sign-in page."""
     if visitor is None:
         headers = request.headers
         is_page = "text/html" in headers.get("accept", "").lower()
@@ -2423,13 +2472,12 @@ async def show_sign_in(request: Request, visitor: Visitor) -> Response:
 
 @gate.post("/sign-in", dependencies=[Depends(check_origin)], include_in_schema=False)
 async def sign_in(
-    form: SignInForm,
+    form: Annotated[SignInForm, Form()],
     request: Request,
     read_session: ReadSession,
     session: WriteSession,
-    next: Annotated[str, Form()] = "/",
 ) -> Response:
-    path = local_path(next)
+    path = local_path(form.next)
     try:
         user = await authenticate(form, request, read_session, session)
     except APIError as error:
@@ -2513,7 +2561,7 @@ passwords = APIRouter(tags=["auth"], responses=errors(422, 429))
 async def forgot_password(
     body: PasswordForgotten, request: Request, background: BackgroundTasks, session: ReadSession
 ) -> None:
-    """Get a link by mail to choose a new password. The answer is the same for every email."""
+    """Send a link for a new password; every email gets the same answer."""
     await limit_email(body.email, request)
     statement = select(User).where(User.email == body.email, User.is_active)
     found = (await session.exec(statement)).first()
@@ -2524,7 +2572,7 @@ async def forgot_password(
 
 @passwords.post(f"{API}/auth/reset-password", status_code=204, responses=errors(401))
 async def reset_password(body: PasswordReset, session: WriteSession) -> None:
-    """Choose a new password, with the token of the link. All your sessions end."""
+    """Choose a new password with the token of the link; all sessions end."""
     claims = decode_token(body.token, "reset")
     hashed_password = await hash_password(body.password)
     user = await session.get(User, claims.sub, with_for_update=True)
@@ -2768,7 +2816,8 @@ async def own_demo_files() -> AsyncIterator[None]:
 
 
 async def fill_demo() -> AsyncIterator[None]:
-    """Twelve posts with their comments, five hours apart, and last a draft."""
+    """Twelve posts with their comments, the oldest five days old, and last a draft."""
+    now = utc_now()
     hashed_password = await hash_password(DEMO_PASSWORD)
     lines = DEMO_POSTS.strip().splitlines()
     async with prepare_database() as session:
@@ -2783,22 +2832,26 @@ async def fill_demo() -> AsyncIterator[None]:
             name, title, content = first.split(": ")
             post = Post(title=title, content=content, author_id=people[name].id)
             post.is_published = number < len(lines)
-            post.created_at = utc_now() - timedelta(hours=5 * (len(lines) - number))
+            age = timedelta(seconds=10 * 2.43 ** (len(lines) - number))
+            post.created_at = post.updated_at = now - age
             session.add(post)
             await session.flush()
-            for reply in replies:
+            for position, reply in enumerate(replies, 1):
                 name, text = reply.split(": ")
-                author_id = people[name].id
-                session.add(Comment(text=text, author_id=author_id, post_id=post.id))
+                comment = Comment(text=text, author_id=people[name].id, post_id=post.id)
+                comment.created_at = now - age * 0.9**position  # before the next post
+                session.add(comment)
     yield
 
 
 if settings.demo:
     lifespans.insert(0, asynccontextmanager(own_demo_files))  # around all others: it ends last
     at_start(fill_demo)
+    app.description += "\n\nIn this demo you can sign in as:\n"
     for name, role in DEMO_ROLES.items():
         account = {"name": name, "email": f"{name.lower()}@example.com", "role": role}
         demo_accounts.append(account | {"password": DEMO_PASSWORD})
+        app.description += f"\n- `{account['email']}`, password `{DEMO_PASSWORD}` ({role})"
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -2989,12 +3042,14 @@ CONTENT_POLICY += "connect-src 'self'; img-src data:; require-trusted-types-for 
 CONTENT_POLICY += "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
 BUTTON = """<button value="username={email}&amp;password={password}">Sign in as {name}
     <mark>{role}</mark></button>"""
+tags.append({"name": "page", "description": "All of it, in a browser"})
+app.description += "\n\n[The page](./) shows what the service does, without a command."
 
 
 @app.head("/", include_in_schema=False)
 @app.get("/", tags=["page"], response_model=dict[str, str], responses=errors(429))
 async def get_page(request: Request) -> Response:
-    """For programs a sign of life, for browsers a page to try it all on."""
+    """Tell programs that it runs, and show browsers a page."""
     if settings.production or "text/html" not in request.headers.get("accept", "").lower():
         return JSONResponse({"status": "ok"}, headers={"Vary": "Accept"})
     nonce = secrets.token_urlsafe(16)  # only a script or style that carries it is run
@@ -3024,8 +3079,23 @@ async def print_start_lines() -> AsyncIterator[None]:
     print(f"admin     {admins or how}")
     for account in demo_accounts:
         print(f"sign in   {account['email']}  {account['password']}  ({account['role']})")
+    if demo_accounts and not getattr(settings.host, "is_loopback", True):
+        print("warning   everybody who reaches this address knows these passwords")
     sys.stdout.flush()
     yield
+
+
+def check_port() -> None:
+    """uvicorn would find it taken only after the database was opened."""
+    host = str(settings.host)
+    try:
+        for family, *_, address in socket.getaddrinfo(host, settings.port, 0, socket.SOCK_STREAM):
+            socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno != EADDRINUSE:
+            raise
+        print(f"PORT: {settings.port} is in use", file=sys.stderr)
+        raise SystemExit(3) from None
 
 
 # Each of several processes imports this file as __mp_main__. Only the first of them prints.
@@ -3035,6 +3105,7 @@ if __name__ in ("__main__", "__mp_main__"):
         at_start(print_start_lines)
 
 if __name__ == "__main__":
+    check_port()
     proxies = [str(network) for network in settings.forwarded_allow_ips]
     uvicorn.run(
         "__main__:app",  # a string, since each of several processes imports it

@@ -23,7 +23,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from email import message_from_bytes, policy
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -740,6 +740,45 @@ def test_the_docs_load_without_internet_and_are_off_in_production(client, url, p
     for file in ("docs", "openapi.json", *re.findall(r'(?:src|href)="(docs/.+?)"', page)):
         assert client.get(f"{url}/{file}").status_code == 200, file
         assert_error(production.get(production.base_url.join(f"/{file}")), 404, "NOT_FOUND")
+
+
+def test_the_docs_describe_routes_in_sentences_and_give_schemas_plain_names(client, url, calls):
+    document = client.get(f"{url}/openapi.json").json()
+    for *_, about in calls:
+        assert re.fullmatch("[A-Z].{10,70}[.]", about["summary"]), "the docstring's first line"
+        assert about["tags"][0] in {tag["name"] for tag in document["tags"] if tag["description"]}
+    for name in document["components"]["schemas"]:
+        assert re.fullmatch("([A-Z][a-z]+)+", name)
+    assert re.search(r"Authorize.+\(\./\)", document["info"]["description"], re.DOTALL)
+    flow = document["components"]["securitySchemes"]["TokenBearer"]["flows"]["password"]
+    assert flow["tokenUrl"].startswith("./")  # so that it works under a prefix, as the page does
+
+
+def propose(schema, schemas):
+    """What Swagger UI proposes: an example, the default, or something of the type."""
+    schema = schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    if "examples" in schema:
+        return schema["examples"][0]
+    if "default" in schema or "example" in schema:
+        return schema.get("default", schema.get("example"))
+    if "properties" in schema:
+        return {name: propose(part, schemas) for name, part in schema["properties"].items()}
+    assert "pattern" not in schema, "give it an example, or random characters are proposed"
+    if "anyOf" in schema:
+        return propose(schema["anyOf"][0], schemas)
+    text = "string".ljust(schema.get("minLength", 0), "g")
+    return {"string": text, "integer": schema.get("minimum", 0), "boolean": True}[schema["type"]]
+
+
+def test_the_bodies_that_the_docs_propose_are_accepted(client, url, calls):
+    schemas = client.get(f"{url}/openapi.json").json()["components"]["schemas"]
+    for api, method, _, path, about in calls:
+        content = about.get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            body = propose(content["application/json"]["schema"], schemas)
+            answer = api.request(method, path, json=body)
+            is_token_made_up = path.endswith("/reset-password") and answer.status_code == 401
+            assert answer.is_success or is_token_made_up, (path, body, answer.text)
 
 
 # --- Rate limiter ---------------------------------------------------------------------------------
@@ -2012,6 +2051,10 @@ def test_a_forgotten_password_is_changed_in_a_browser(browser, ann, mail_server)
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
+def created_at(item):
+    return datetime.fromisoformat(item["created_at"])
+
+
 def test_the_demo_has_data_and_its_end_waits_for_mails_and_deletes_it(tmp_path, mail_server):
     mail_server.seconds = 0.5
     with run_main(tmp_path, DEMO="true", SMTP_URL=f"smtp://{mail_server.address}") as client:
@@ -2023,13 +2066,30 @@ def test_the_demo_has_data_and_its_end_waits_for_mails_and_deletes_it(tmp_path, 
         assert roles == ["user", "user", "admin"]
         posts = client.get("/posts?sort=-created_at").json()["items"]
         comments = [client.get(f"/posts/{post['id']}/comments").json() for post in posts]
-        assert len(posts) == 12
+        assert [post["id"] for post in posts] == list(range(12, 0, -1))
+        assert all(post["updated_at"] == post["created_at"] for post in posts)
         assert sum(page["total"] for page in comments) >= 10
+        story = [[post, *page["items"]] for post, page in zip(posts, comments, strict=True)]
+        ages = [[main.utc_now() - created_at(one) for one in part] for part in story]
+        assert ages[0][0] < timedelta(minutes=1.5)
+        assert timedelta(days=4.5) < ages[11][0] < timedelta(days=5.5)
+        assert all(older[0] > newer[0] * 1.5 for newer, older in pairwise(ages))
+        ages = [age for part in reversed(ages) for age in part]
+        assert [*ages, timedelta(0)] == sorted([*ages, timedelta(0)], reverse=True)
+        about = client.get(client.base_url.join("/openapi.json")).json()["info"]["description"]
+        assert all(part in about for line in lines for part in line.split())
+        assert "everybody who reaches" not in client.read_log()
         assert not ann.api.get("/users/me/posts").json()["items"][0]["is_published"]
         client.post("/auth/register", json={"email": "wait@b.co", "password": PASSWORD})
         assert not mail_server.mails_to("wait@b.co")  # it is sent after the response
     assert mail_server.mails_to("wait@b.co")
     assert [file.name for file in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_demo_that_others_reach_warns_that_its_passwords_are_known(tmp_path, development):
+    with run_main(tmp_path, DEMO="true", HOST="0.0.0.0") as client:  # noqa: S104
+        assert re.search("(?m)^warning .+ knows these passwords$", client.read_log())
+    assert "knows these passwords" not in development.read_log()
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -2060,8 +2120,13 @@ def try_own_application():
 
     @main.app.get("/shop")
     def get_email(me: main.CurrentUser) -> str:
+        """Say who buys.
+
+        It is their email."""
         return me.email
 
+    main.app.get("/pay", name="pay", summary="Pay now")(get_email)
+    main.app.get("/leave", name="leave_shop")(lambda: None)
     parent = FastAPI(lifespan=main.lifespan)
     parent.mount("/nut", main.app)
     for app, root in ((main.app, ""), (main.app, ""), (parent, "/nut")):
@@ -2080,7 +2145,13 @@ def try_own_application():
             with client.websocket_connect(room, headers=headers) as socket:
                 socket.send_json({"type": "message", "text": "Hello"})
                 assert socket.receive_json()["text"] == "Hello"
-            assert "/shop" in client.get(f"{root}/openapi.json").json()["paths"]
+            paths = client.get(f"{root}/openapi.json").json()["paths"]
+            abouts = [paths[path]["get"] for path in ("/shop", "/pay", "/leave")]
+            assert [(about["summary"], about.get("description")) for about in abouts] == [
+                ("Say who buys.", "It is their email."),
+                ("Pay now", "Say who buys.\n\nIt is their email."),
+                ("Leave Shop", None),
+            ]
             assert client.get(f"{root}/docs/swagger-ui.css").status_code == 200
         main.settings.first_superuser_password = NEW_PASSWORD  # not for an admin that exists
 
@@ -2116,7 +2187,9 @@ FAILING_STARTS = [
         {"DATABASE_URL": "sqlite+aiosqlite:////nowhere/a.db"},
         "(?s).*Traceback .*/nowhere/a.db.*",
     ),
-    ("main", {}, ".* in use.*\n"),  # the port of the server of these tests
+    ("main", {"HOST": "203.0.113.1"}, "(?s)Traceback .*203.0.113.1.*"),  # not of this machine
+    ("main", {}, r"PORT: \d+ is in use\n"),  # by the server of these tests
+    ("main", {"HOST": "localhost"}, r"PORT: \d+ is in use\n"),
 ]
 
 
@@ -2125,14 +2198,16 @@ def test_a_start_that_fails_says_why(tmp_path, url):
         old.execute("CREATE TABLE post (id INTEGER PRIMARY KEY, title TEXT)")
     with closing(sqlite3.connect(tmp_path / "older.db")) as older:  # it lacks an index
         older.execute("CREATE TABLE comment (id, text, post_id, author_id, created_at, updated_at)")
-    common = {"PORT": url.rpartition(":")[2], "PYTHONPATH": str(Path(main.__file__).parent)}
+    common = {"PORT": str(free_port()), "PYTHONPATH": str(Path(main.__file__).parent)}
 
     def start(number):
-        module, settings, _ = FAILING_STARTS[number]
-        options = {"cwd": tmp_path, "env": ENVIRONMENT | common | settings, "text": True}
+        module, settings, problem = FAILING_STARTS[number]
+        port = {"PORT": url.rpartition(":")[2]} if "in use" in problem else {}
+        options = {"cwd": tmp_path, "env": ENVIRONMENT | common | settings | port, "text": True}
         command = [sys.executable, "-m", *module.split()]
         return subprocess.run(command, timeout=60, capture_output=True, **options)
 
     for number, ended in enumerate(at_once(len(FAILING_STARTS), start)):
         assert re.fullmatch(FAILING_STARTS[number][2], ended.stderr), ended.stderr
-        assert ended.returncode in (1, 3)
+        assert ended.returncode == (1 if ended.stderr.startswith("Traceback") else 3)
+    assert not (tmp_path / "app.db").exists()

@@ -733,7 +733,8 @@ def test_own_routes_and_their_tests_work_as_printed(tmp_path):
         command = re.match("# .+?: (.+)", text)[1].replace(".venv/bin/python", sys.executable)
         if name != "mine":
             env = environment(PYTHONPATH="")
-            done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True)
+            shell = ["sh", "-c", command]
+            done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True)
             assert b"1 passed" in done.stdout, done.stdout
     with serve(tmp_path, *UVICORN, "mine:app", PYTHONPATH=str(tmp_path)) as service:
         assert sign_up(service.client).api.get("/mine/drafts").json() == 0
@@ -755,13 +756,13 @@ def test_thirty_people_behind_one_address_sign_in_and_listen(tmp_path):
 @pytest.mark.skipif(not FULL, reason="it installs all packages twice, from the network")
 def test_without_a_network_it_is_installed_and_without_an_environment_uv_runs_it(tmp_path):
     copy_of_main(tmp_path)
-    shell = partial(subprocess.run, shell=True, cwd=tmp_path, check=True, timeout=600)
-    shell(in_readme("sh", "pip download"))
-    shell(f"unshare --net sh -euc '{in_readme('sh', '--no-index')}'")
+    shell = partial(subprocess.run, cwd=tmp_path, check=True, timeout=600)
+    shell(["sh", "-euc", in_readme("sh", "pip download")])
+    shell(["unshare", "--net", "sh", "-euc", in_readme("sh", "--no-index")])
     python = str(tmp_path / ".venv/bin/python")
     with serve(tmp_path, python, "main.py", DEMO="true", PYTHONPATH="") as service:
         assert httpx.get(f"{service.url}/docs/swagger-ui-bundle.js").status_code == 200
-    shell(f"{python} -m pip install -q uv")
+    shell([python, "-m", "pip", "install", "-q", "uv"])
     (tmp_path / "lone").mkdir()
     shutil.copy(ROOT / "main.py", tmp_path / "lone")
     uv = [str(tmp_path / ".venv/bin/uv"), "run", "main.py"]
