@@ -722,7 +722,7 @@ def test_the_tour_works_as_it_is_printed(tmp_path):
     assert '"bio":"I keep bees."' in said
     assert '"total":1,' in said
     assert "\n204\n" in said
-    assert said.endswith('"error_code": "INVALID_TOKEN", "request_id": "…"}')
+    assert said.endswith('"error_code": "INVALID_TOKEN", "request_id": "…"}\n')
 
 
 def test_own_routes_and_their_tests_work_as_printed(tmp_path):
