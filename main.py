@@ -2875,7 +2875,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell<
   input, textarea { border: 1px solid #8f8071 } button { background: var(--quiet) }
   form.card > button:first-of-type, #demo button { background: var(--nut); color: var(--card) }
   mark { padding: .1em .6em; border-radius: 1em; background: var(--glow); color: CanvasText }
-  small, mark { font-size: .8em } small, label { opacity: .8 } p, pre { white-space: pre-wrap }
+  small, mark { font-size: .8em } small { opacity: .8 } p, pre { white-space: pre-wrap }
   .alert { color: light-dark(#b3261e, #ff9d94) } #posts p { max-height: 3em; overflow: hidden }
   #posts a::after { content: ""; position: absolute; inset: 0 }  /* the whole card is its link */
   .card:has([aria-current=true]) { outline: 3px solid var(--nut) } #feed { gap: .2em }
