@@ -60,7 +60,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, timedelta
 from email.message import EmailMessage
 from errno import EADDRINUSE
 from functools import cache, lru_cache, partial
@@ -1489,11 +1489,11 @@ class PostDeleted(SQLModel):
     id: int
 
 
-def parse_time(value: str, time_of_day: time = time.min) -> datetime:
+def parse_time(value: str, time_of_day: str = "00:00") -> datetime:
     """A time, or a date at this time of the day. UTC where no zone is given."""
     try:
         if len(value) <= 10:
-            return datetime.combine(date.fromisoformat(value), time_of_day, UTC)
+            value = f"{date.fromisoformat(value)}T{time_of_day}"
         parsed = datetime.fromisoformat(value)
         return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -1553,7 +1553,7 @@ class PostQuery(PageQuery):
     author: Annotated[str, StringConstraints(max_length=100), NO_NUL] = ""
     min_date: Annotated[datetime | None, BeforeValidator(parse_time, str)] = None
     max_date: Annotated[
-        datetime | None, BeforeValidator(partial(parse_time, time_of_day=time.max), str)
+        datetime | None, BeforeValidator(partial(parse_time, time_of_day="23:59:59.999999"), str)
     ] = None
     sort: Sort | None = None
     before: Id | None = None
