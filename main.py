@@ -568,6 +568,9 @@ async def get_write_session() -> AsyncIterator[AsyncSession]:
     """Waits for the writer at its first statement. What was not committed is undone."""
     async with WritingSession(write_engine, expire_on_commit=False) as session:
         yield session
+        changed = session.new or session.dirty or session.deleted or session.info.get("written")
+        if changed and session.in_transaction():
+            logger.warning("what a route has written is undone: it did not call session.commit()")
 
 
 # With scope "function" a connection is free when the route returns, before the answer is sent.
@@ -593,13 +596,15 @@ def make_tables(connection: sa.Connection) -> None:
     """Makes tables that are missing. One that lacks a column is not changed but refused."""
     SQLModel.metadata.create_all(connection)
     inspector = sa.inspect(connection)
+    data = settings.sqlite_file or "the tables"
     for table in SQLModel.metadata.sorted_tables:
         columns = [column["name"] for column in inspector.get_columns(table.name)]
         indexes = [index["name"] for index in inspector.get_indexes(table.name)]
         for part in (*table.columns, *table.indexes):
             if part.name not in (*columns, *indexes):
                 problem = f'table "{table.name}" has no column or index "{part.name}"'
-                raise StartError(f"DATABASE_URL: {problem}. README says how to change a table")
+                advice = f"README says how to change a table. If you need no data, delete {data}"
+                raise StartError(f"DATABASE_URL: {problem}. {advice}")
 
 
 async def open_database() -> AsyncIterator[None]:
@@ -1123,7 +1128,7 @@ class UserCreate(UserBase):
 
 class User(UserBase, TableBase, table=True):
     email: Email = Field(unique=True)
-    hashed_password: str
+    hashed_password: str = Field(exclude=True)  # from every answer
     bio: Bio = None
     avatar_url: AvatarUrl = None
     role: Role = Field(default="user", sa_type=AutoString)
