@@ -23,7 +23,7 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
-from itertools import count, product
+from itertools import count, permutations, product
 from pathlib import Path
 
 import httpx
@@ -768,6 +768,89 @@ def test_without_a_network_it_is_installed_and_without_an_environment_uv_runs_it
     uv = [str(tmp_path / ".venv/bin/uv"), "run", "main.py"]
     with serve(tmp_path / "lone", *uv, PYTHONPATH="") as service:
         assert service.client.get("/posts").json()["total"] == 0
+
+
+# --- Workshop -------------------------------------------------------------------------------------
+
+CLASS = (ROOT / "workshop.md").read_text()  # README, as soon as it stands there
+STUDENTS = (ROOT / ".ci" / "workshop.md").read_text()
+BOOK = (ROOT / "main.py").read_text()
+FIRST_PART, REST = re.split("(?m)^(?=# --- Users -)", BOOK)
+
+
+def blocks(kind, text):
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def change(text, *diffs):
+    """main.py after these changes. Each stands in a diff below a line that begins with @@."""
+    for diff in diffs:
+        for part in re.split("(?m)^@@.*\n", diff)[1:]:
+            lines = part.splitlines(keepends=True)
+            old = "".join(line[1:] for line in lines if line[0] in " -")
+            assert text.count(old) == 1, f"it is not there, or not only once:\n{old}"
+            text = text.replace(old, "".join(line[1:] for line in lines if line[0] in " +"))
+    return text
+
+
+(SECTION,) = re.findall(r"(?ms)^## Teach with it\n(.*?)(?=^## |\Z)", CLASS)
+EXERCISES = blocks("python", SECTION)
+SOLUTIONS = blocks("diff", SECTION)
+TUTORIAL, *HALVES = blocks("diff", STUDENTS)
+PRINTED = [re.search(r"def (test_\w+)", exercise)[1] for exercise in EXERCISES]
+MISSING = {  # what pytest says at the end of its lines before the exercise
+    "subtitle": '"subtitle".*"msg": "Extra inputs are not permitted"',
+    "title": r"assert \('giraffe', \d+, \d+\) == \('giraffe', 0, 0\)",
+    "owner": "assert 405 == 401$",
+    "minute": "assert 201 == 429$",
+    "joined": "assert 'post.published' == 'user.joined'",
+}
+
+
+def run_exercises(folder, main_py, *names):
+    """Runs these tests, with the printed ones at the end of test_main.py; all if none is named.
+    Returns why they failed, by name."""
+    (folder / "main.py").write_text(main_py)
+    tests = [(ROOT / "test_main.py").read_text(), *EXERCISES]
+    (folder / "test_main.py").write_text("\n\n".join(tests))
+    shutil.copy(ROOT / ".pytest.ini", folder)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", " or ".join(names)]
+    env = environment(PYTHONPATH="", COLUMNS="10000")
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    print(done.stdout)
+    failed = dict(re.findall(r"(?m)^FAILED test_main.py::(\S+) - (.*)", done.stdout))
+    assert done.returncode == bool(failed), done.stdout + done.stderr
+    return failed
+
+
+def test_before_the_workshop_each_exercise_fails_for_what_is_missing(tmp_path):
+    failed = run_exercises(tmp_path, BOOK, *PRINTED)
+    assert failed.keys() == set(PRINTED)
+    for name, (word, reason) in zip(PRINTED, MISSING.items(), strict=True):
+        assert word in name
+        assert re.search(reason, failed[name]), failed[name]
+
+
+def test_the_workshop_builds_on_the_first_part_and_then_adds_the_rest(tmp_path):
+    *before, last = SOLUTIONS
+    first_part = change(FIRST_PART, *before)
+    assert run_exercises(tmp_path, first_part, *PRINTED[:4]) == {}
+    book = change(first_part + REST, last)
+    for order in permutations(SOLUTIONS):
+        assert change(BOOK, *order) == book
+    assert run_exercises(tmp_path, book) == {}
+
+
+def test_what_the_tutorial_teaches_is_enough_for_the_workshop(tmp_path):
+    names = [] if FULL else PRINTED
+    assert run_exercises(tmp_path, change(BOOK, TUTORIAL), *names) == {}
+
+
+@pytest.mark.parametrize("number", range(len(HALVES)))
+def test_half_of_a_solution_fails_in_the_workshop(tmp_path, number):
+    failed = run_exercises(tmp_path, change(BOOK, *SOLUTIONS, HALVES[number]), *PRINTED)
+    assert failed.keys() == set(PRINTED)
 
 
 # --- In a browser ---------------------------------------------------------------------------------
