@@ -63,10 +63,13 @@ def service(tmp_path_factory):
         assert "Traceback" not in service.log()
 
 
+def blocks(kind, text):
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def in_readme(kind, word=""):
     """The block of README that is of this kind and has this word."""
-    blocks = re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    (block,) = (block for block in blocks if word in block)
+    (block,) = (block for block in blocks(kind, README) if word in block)
     return block
 
 
@@ -709,14 +712,14 @@ def copy_of_main(folder):
 
 
 def test_the_tour_works_as_it_is_printed(tmp_path):
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", section("A tour"), re.DOTALL | re.MULTILINE)
-    script = "".join(text for kind, text in blocks if kind == "sh")
+    tour = re.findall(r"^```(\w+)\n(.*?)^```", section("A tour"), re.DOTALL | re.MULTILINE)
+    script = "".join(text for kind, text in tour if kind == "sh")
     assert not re.search("--json|--fail-with-body", script)  # curl 7.74 does not know these
     with serve(tmp_path) as service:
         script = script.replace("http://localhost:8000", service.url)
         shell = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     said = re.sub(VARYING, "…", shell.stdout)
-    for kind, text in blocks:
+    for kind, text in tour:
         assert kind == "sh" or re.sub(VARYING, "…", text) in said, (text, shell)
     assert said.count('"access_token"') == 1
     assert '"bio":"I keep bees."' in said
@@ -772,14 +775,9 @@ def test_without_a_network_it_is_installed_and_without_an_environment_uv_runs_it
 
 # --- Workshop -------------------------------------------------------------------------------------
 
-CLASS = (ROOT / "workshop.md").read_text()  # README, as soon as it stands there
 STUDENTS = (ROOT / ".ci" / "workshop.md").read_text()
 BOOK = (ROOT / "main.py").read_text()
 FIRST_PART, REST = re.split("(?m)^(?=# --- Users -)", BOOK)
-
-
-def blocks(kind, text):
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def change(text, *diffs):
@@ -793,9 +791,8 @@ def change(text, *diffs):
     return text
 
 
-(SECTION,) = re.findall(r"(?ms)^## Teach with it\n(.*?)(?=^## |\Z)", CLASS)
-EXERCISES = blocks("python", SECTION)
-SOLUTIONS = blocks("diff", SECTION)
+EXERCISES = blocks("python", section("Teach with it"))
+SOLUTIONS = blocks("diff", section("Teach with it"))
 TUTORIAL, *HALVES = blocks("diff", STUDENTS)
 PRINTED = [re.search(r"def (test_\w+)", exercise)[1] for exercise in EXERCISES]
 MISSING = {  # what pytest says at the end of its lines before the exercise
