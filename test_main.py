@@ -2117,7 +2117,8 @@ def test_a_demo_that_others_reach_warns_that_its_passwords_are_known(tmp_path, d
 # --- The page -------------------------------------------------------------------------------------
 
 
-def test_the_root_is_json_for_programs_and_a_page_for_browsers(url, client):
+def test_the_root_is_json_for_programs_and_a_page_for_browsers(url, client, production):
+    assert production.get(production.base_url.join("/"), headers=BROWSER).json() == {"status": "ok"}
     for accept in ("", "*/*", "application/json", "text/plain"):
         answer = client.get(url, headers={"Accept": accept})
         assert (answer.json(), answer.headers["vary"]) == ({"status": "ok"}, "Accept")
@@ -2125,12 +2126,13 @@ def test_the_root_is_json_for_programs_and_a_page_for_browsers(url, client):
     pages = [client.get(url, headers=BROWSER) for _ in range(2)]
     nonces = [set(re.findall('<(?:style|script) nonce="(.{22,}?)"', page.text)) for page in pages]
     assert nonces[0] != nonces[1]
-    assert main.CONTENT_POLICY.startswith("default-src 'none'; ")
     for page, (nonce,) in zip(pages, nonces, strict=True):
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert page.headers["vary"] == "Accept"
-        policy = main.CONTENT_POLICY.replace("NONCE", nonce)
-        assert page.headers["content-security-policy"] == policy
+        policy = page.headers["content-security-policy"].split("; ")
+        assert policy[0] == "default-src 'none'"
+        assert {"base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"} < set(policy)
+        assert policy[-2:] == [f"{kind}-src 'nonce-{nonce}'" for kind in ("script", "style")]
         assert not re.search("""https?:|["'`]/(api|docs)""", page.text)
 
 

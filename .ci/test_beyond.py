@@ -878,6 +878,9 @@ def test_what_one_window_writes_another_sees_at_once_and_it_stays_text(open_wind
     mine.see("String should have at least 1 character")
     mine.do("document.getElementById('publish').click()")
     theirs.see(f"{evil} post published: {evil}")
+    assert theirs.do("document.getElementById('title').innerText") == "Welcome"  # as before
+    titles = "[...document.querySelectorAll('#posts a')].map((a) => a.innerText)"
+    wait_until(lambda: [mine.do(titles).count(evil), theirs.do(titles).count(evil)] == [1, 1])
     wait_until(lambda: theirs.do("document.querySelector('#posts .new a')?.innerText") == evil)
     theirs.open(evil)
     mine.fill("Your comment", evil)
@@ -907,6 +910,7 @@ def test_who_may_delete_finds_a_button(open_window, demo):
     buttons = "[...document.querySelectorAll('#one button')].filter((e) => e.checkVisibility())"
     names = f"{buttons}.map((e) => e.innerText)"
     wait_until(lambda: ben.do(names) == ["Delete", "Send"])  # of his comment alone
+    wait_until(lambda: ann.do(names) == ["Delete", "Delete", "Send"])  # of her post, and below it
     cleo.open("For deletion")
     comments = "document.getElementById('comments').innerText"
     wait_until(lambda: cleo.do(comments).startswith("A pity."))
@@ -939,13 +943,14 @@ def test_the_last_call_stands_as_a_command_whose_secrets_only_copy_shows(open_wi
 def test_what_is_wrong_stands_at_its_field(open_window, demo):
     window = open_window(demo.url)
     window.fill("Email", "nobody")
-    window.fill("Password", "password")
+    window.fill("Password", "qwertyuiop")
     window.press("Sign up")
     window.see("must have an @-sign", "is one of the passwords that are guessed first")
     for name, text in {"email": "must have an @-sign", "password": "guessed first"}.items():
         alert = f"document.querySelector('label:has([name={name}]) [role=alert]')"
         assert text in window.do(f"{alert}.innerText")
         assert window.do(f"getComputedStyle({alert}).color") == "rgb(179, 38, 30)"
+    assert "qwertyuiop" not in window.text()
     window.press("Sign in")
     window.see("Wrong email or password")
     assert "guessed first" not in window.text()
@@ -965,6 +970,9 @@ def test_a_restart_costs_a_visible_reconnecting_and_nothing_else(open_window, tm
         window.see("Live connected")
         assert window.do("document.querySelector('#write input').value") == "Half a title"
         window.do("tokens.access_token = 'expired'")
+        window.call("Network.setBlockedURLs", urls=["*/auth/refresh"])
+        window.do("load()")
+        window.call("Network.setBlockedURLs", urls=[])
         window.fill("Text", "And goes on.")
         window.press("Publish")
         window.see("Dora post published: Half a title", "Dora user", "It was here.")
@@ -1001,6 +1009,7 @@ def test_the_page_works_by_keyboard_on_a_phone_and_on_a_projector(open_window, d
     window.size(1920, 1080)
     assert float(window.do("getComputedStyle(document.querySelector('#call')).fontSize")[:-2]) > 19
     assert window.do("document.documentElement.scrollWidth <= 1920")
+    assert window.do("localStorage.length") == 0  # tokens are for this tab alone
 
 
 def test_a_person_signs_in_at_the_gate_and_out_again(open_window, front, service):
