@@ -2132,6 +2132,7 @@ def test_the_root_is_json_for_programs_and_a_page_for_browsers(url, client, prod
         policy = page.headers["content-security-policy"].split("; ")
         assert policy[0] == "default-src 'none'"
         assert {"base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"} < set(policy)
+        assert {"connect-src 'self'", "require-trusted-types-for 'script'"} < set(policy)
         assert policy[-2:] == [f"{kind}-src 'nonce-{nonce}'" for kind in ("script", "style")]
         assert not re.search("""https?:|["'`]/(api|docs)""", page.text)
 

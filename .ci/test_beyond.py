@@ -903,8 +903,14 @@ def test_who_may_delete_finds_a_button(open_window, demo):
     for name, window in {"Ann": ann, "Ben": ben, "Cleo": cleo}.items():
         window.press(f"Sign in as {name}")
         window.see(f"{name} {'admin' if name == 'Cleo' else 'user'} Sign out")
-    ann.write("For deletion", "Soon gone.", "Publish")
+    ann.fill("Title", "For deletion")
+    ann.fill("Text", "Soon gone.")
+    ann.do(
+        "for (const _ of '12') document.querySelector('#write button').click()"
+    )  # once is enough
     ben.open("For deletion")
+    current = "[...document.querySelectorAll('.card:has([aria-current=true]) a')]"
+    assert ben.do(f"{current}.map((a) => a.innerText)") == ["For deletion"]
     ben.fill("Your comment", "A pity.")
     ben.press("Send")
     buttons = "[...document.querySelectorAll('#one button')].filter((e) => e.checkVisibility())"
@@ -917,10 +923,12 @@ def test_who_may_delete_finds_a_button(open_window, demo):
     cleo.do("document.querySelector('#comments button').click()")
     ann.see("comment deleted: For deletion")
     cleo.press("Delete")
+    wait_until(lambda: cleo.do("document.activeElement.id") == "title")
     for window in (ann, ben, cleo):
         window.see("post deleted: For deletion")
         titles = "document.querySelector('#posts').innerText"
         wait_until(lambda: "For deletion" not in window.do(titles))  # noqa: B023
+        assert window.do("location.hash") == ""
     assert [entry for entry in ann.complaints() if "404" not in entry["text"]] == []
 
 
