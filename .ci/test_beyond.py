@@ -743,6 +743,12 @@ def test_own_routes_and_their_tests_work_as_printed(tmp_path):
         assert sign_up(service.client).api.get("/mine/drafts").json() == 0
 
 
+def test_uv_is_told_of_the_packages_of_requirements_txt():
+    (block,) = re.findall(r"(?s)# dependencies = \[(.+?)# \]", (ROOT / "main.py").read_text())
+    packages = (ROOT / "requirements.txt").read_text().partition("# tests")[0].split()
+    assert sorted(re.findall('"(.+?)"', block)) == sorted(packages)
+
+
 def test_thirty_people_behind_one_address_sign_in_and_listen(tmp_path):
     command = re.search(r"(?m)^((?:\w+=\S+ )+)\S+python main.py$", section("Teach with it"))[1]
     settings = dict(setting.split("=") for setting in command.split())
