@@ -664,6 +664,8 @@ LAST = ["Application", "Accounts", "Comments", "Cache", "The gate", "python main
 LAST = NAMES[NAMES.index("Application") :] if FULL else LAST
 GONE = [{"Docs"}, {"Cache"}, {"Live events", "Rooms"}, {"Mail"}, {"Demo"}, {"The page"}, {"Redis"}]
 GONE += [{"Forgotten passwords"}, {"The gate", "Forgotten passwords"}]
+if not FULL:  # several at once
+    GONE = [set().union(*GONE[0::2]), set().union(*GONE[1::2])]
 PATHS = {"Docs": "/docs", "Live events": "/api/v1/events", "The page": "/"}
 PATHS |= {"The gate": "/sign-in", "Forgotten passwords": "/forgot-password"}
 
