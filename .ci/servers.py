@@ -118,6 +118,7 @@ class Service(NamedTuple):
 def environment(**settings):
     plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     plain |= {"BCRYPT_ROUNDS": "4", "RATE_LIMIT": "off", "AUTH_RATE_LIMIT": "off"}
+    plain["PORT"] = str(free_port())  # 8000 may be taken on this machine
     return plain | {"PYTHONPATH": str(ROOT)} | settings
 
 
