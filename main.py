@@ -1649,7 +1649,7 @@ async def list_posts(
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
-        return PostPage(items=[PostRead.model_validate(row) for row in rows], size=query.size)
+        return PostPage(items=list(rows), size=query.size)
     order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
     count = COUNT_PUBLISHED if statement is PUBLISHED else None
     return await paginate(session, statement, order, query, PostPage, count)
@@ -2826,9 +2826,10 @@ async def fill_demo() -> AsyncIterator[None]:
     lines = DEMO_POSTS.strip().splitlines()
     async with prepare_database() as session:
         people = {}
-        for name, role in DEMO_ROLES.items():
-            person = User(email=f"{name.lower()}@example.com", hashed_password=hashed_password)
-            people[name] = person.sqlmodel_update({"first_name": name, "role": role})
+        for account in demo_accounts:
+            person = User(email=account["email"], hashed_password=hashed_password)
+            names = {"first_name": account["name"], "role": account["role"]}
+            people[account["name"]] = person.sqlmodel_update(names)
         session.add_all(people.values())
         await session.flush()
         for number, line in enumerate(lines, 1):

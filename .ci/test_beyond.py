@@ -43,6 +43,7 @@ from servers import send_raw, serve, time_of, times_of_reads
 
 FULL = os.environ.get("FULL") == "1"
 README = (ROOT / "README.md").read_text()
+BOOK = (ROOT / "main.py").read_text()
 ADMIN = {"FIRST_SUPERUSER_EMAIL": "admin@example.com", "FIRST_SUPERUSER_PASSWORD": PASSWORD}
 POST = {"title": "Bees", "content": "They hum.", "is_published": True}
 STOPPED = (0, -signal.SIGTERM)  # uvicorn ends by the signal that has stopped it
@@ -634,7 +635,7 @@ def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, 
         settings = request.getfixturevalue("postgres").settings("alembic")
     with serve(tmp_path, **settings) as service:
         ann = sign_up(service.client)
-    before, age, after = (ROOT / "main.py").read_text().partition("    age: Age = None\n")
+    before, age, after = BOOK.partition("    age: Age = None\n")
     (tmp_path / "main.py").write_text(f"{before}{age}    nickname: Name = None\n{after}")
     env = environment(**settings, PYTHONPATH="")
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
@@ -656,7 +657,7 @@ def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, 
 
 # --- Chapters -------------------------------------------------------------------------------------
 
-CHAPTERS = re.split(r"^(?=# --- .+ ---+$)", (ROOT / "main.py").read_text(), flags=re.MULTILINE)
+CHAPTERS = re.split(r"^(?=# --- .+ ---+$)", BOOK, flags=re.MULTILINE)
 NAMES = [re.match(r"(?:# --- (.+?) -+\n)?", chapter)[1] for chapter in CHAPTERS]
 
 
@@ -700,10 +701,9 @@ def test_chapters_may_be_cut_off_or_taken_out(tmp_path, left):
 
 
 def section(title):
-    return re.split(r"^## ", README, flags=re.MULTILINE)[1:][SECTIONS.index(title)]
+    return re.search(rf"(?ms)^## {title}\n(.*?)(?=^## |\Z)", README)[1]
 
 
-SECTIONS = re.findall(r"^## (.+)$", README, re.MULTILINE)
 VARYING = r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{16}|[0-9a-f]{8}-\d+"  # times and ids
 MAIN_FILES = ("main.py", "test_main.py", ".pytest.ini", "requirements.txt")
 
@@ -714,15 +714,15 @@ def copy_of_main(folder):
 
 
 def test_the_tour_works_as_it_is_printed(tmp_path):
-    tour = re.findall(r"^```(\w+)\n(.*?)^```", section("A tour"), re.DOTALL | re.MULTILINE)
-    script = "".join(text for kind, text in tour if kind == "sh")
+    tour = section("A tour")
+    script = "".join(blocks("sh", tour))
     assert not re.search("--json|--fail-with-body", script)  # curl 7.74 does not know these
     with serve(tmp_path) as service:
         script = script.replace("http://localhost:8000", service.url)
         shell = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     said = re.sub(VARYING, "…", shell.stdout)
-    for kind, text in tour:
-        assert kind == "sh" or re.sub(VARYING, "…", text) in said, (text, shell)
+    for text in blocks(r"(?!sh)\w+", tour):
+        assert re.sub(VARYING, "…", text) in said, (text, shell)
     assert said.count('"access_token"') == 1
     assert '"bio":"I keep bees."' in said
     assert '"total":1,' in said
@@ -746,7 +746,7 @@ def test_own_routes_and_their_tests_work_as_printed(tmp_path):
 
 
 def test_uv_is_told_of_the_packages_of_requirements_txt():
-    (block,) = re.findall(r"(?s)# dependencies = \[(.+?)# \]", (ROOT / "main.py").read_text())
+    (block,) = re.findall(r"(?s)# dependencies = \[(.+?)# \]", BOOK)
     packages = (ROOT / "requirements.txt").read_text().partition("# tests")[0].split()
     assert sorted(re.findall('"(.+?)"', block)) == sorted(packages)
 
@@ -784,7 +784,6 @@ def test_without_a_network_it_is_installed_and_without_an_environment_uv_runs_it
 # --- Workshop -------------------------------------------------------------------------------------
 
 STUDENTS = (ROOT / ".ci" / "workshop.md").read_text()
-BOOK = (ROOT / "main.py").read_text()
 FIRST_PART, REST = re.split("(?m)^(?=# --- Users -)", BOOK)
 
 
@@ -815,10 +814,10 @@ MISSING = {  # what pytest says at the end of its lines before the exercise
 def run_exercises(folder, main_py, *names):
     """Runs these tests, with the printed ones at the end of test_main.py; all if none is named.
     Returns why they failed, by name."""
+    copy_of_main(folder)
     (folder / "main.py").write_text(main_py)
-    tests = [(ROOT / "test_main.py").read_text(), *EXERCISES]
-    (folder / "test_main.py").write_text("\n\n".join(tests))
-    shutil.copy(ROOT / ".pytest.ini", folder)
+    with (folder / "test_main.py").open("a") as tests:
+        tests.write("\n\n".join(["", *EXERCISES]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", " or ".join(names)]
     env = environment(PYTHONPATH="", COLUMNS="10000")
