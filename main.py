@@ -2865,49 +2865,44 @@ if settings.demo:
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style nonce="NONCE">:root { color-scheme: light dark; --paper: light-dark(#f7f2eb, #17140f);
-    --card: light-dark(#fff, #231e18); --quiet: light-dark(#eadfd1, #463c32);
-    --nut: light-dark(#964c0a, #f5b765); --glow: light-dark(#ffe2b5, #664a20) }
+    --card: light-dark(#fff, #231e18); --nut: light-dark(#964c0a, #f5b765);
+    --soft: color-mix(in srgb, currentColor 18%, transparent); color: light-dark(#420, #fec) }
   * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; overflow-wrap: anywhere }
   body { padding: 1.5em; font: clamp(16px, 1.15vw, 28px)/1.5 system-ui; background: var(--paper) }
   header, form { display: flex; flex-wrap: wrap; gap: .6em; align-items: center }
   main, section, ul { display: grid; gap: 1em; align-items: start; min-width: 0; list-style: none }
   main { margin-top: 1em; grid: auto / repeat(auto-fit, minmax(min(100%, 22em), 1fr)) }
-  #leave { margin-left: auto } label, input, textarea, form > :is(ul, p, div) { width: 100% }
+  label, input, textarea, form > :is(ul, p, div) { width: 100% } small, mark { font-size: .8em }
   .card { position: relative; padding: 1em; background: var(--card); border-radius: .7em }
-  .card, button { border: 1px solid var(--quiet) } a, b, h1, h2 { font-weight: 700; color: inherit }
-  h1 { font-size: 2em; color: var(--nut) } h2 { display: inline; font-size: 1.2em; outline: 0 }
+  .card, button { border: 1px solid var(--soft) } a, b, h1, h2 { font-weight: 700; color: inherit }
+  h1 { font-size: 2em; color: var(--nut) } h2 { display: inline; font-size: 1.2em }
   input, textarea, button { padding: .4em .8em; border-radius: .5em; background: var(--paper) }
-  input, textarea { border: 1px solid #8f8071 } button { background: var(--quiet) }
-  form.card > button:first-of-type, #demo button { background: var(--nut); color: var(--card) }
-  mark { padding: .1em .6em; border-radius: 1em; background: var(--glow); color: CanvasText }
-  small, mark { font-size: .8em } small { opacity: .8 } p, pre { white-space: pre-wrap }
-  .alert { color: light-dark(#b3261e, #ff9d94) } #posts p { max-height: 3em; overflow: hidden }
-  #posts a::after { content: ""; position: absolute; inset: 0 }  /* the whole card is its link */
-  .card:has([aria-current=true]) { outline: 3px solid var(--nut) } #feed { gap: .2em }
+  input, textarea { border: 1px solid #8f8071 } [role=alert] { color: light-dark(#b3261e, #ff9d94) }
+  button, mark, .new, #feed li:first-child { background: var(--soft); color: inherit }
+  form.card > button:first-of-type, #login button { background: var(--nut); color: var(--card) }
+  mark { padding: .1em .6em; border-radius: 1em } #posts p { max-height: 3em; overflow: clip }
+  #posts a::after { content: ""; position: absolute; inset: 0 } #leave { margin-left: auto }
+  .card:has([aria-current=true]) { outline: 3px solid var(--nut) } p, pre { white-space: pre-wrap }
   pre { max-height: 40vh; overflow: auto; font: .9em/1.4 ui-monospace, monospace; margin: 1em 0 0 }
-  .new { animation: new 4s } @keyframes new { 0%, 40% { background: var(--glow) } }
-  body:not(.in) .members, .in .guests, #demo:empty, #one:has(#title:empty) { display: none }
-  @media (min-width: 75em) { #one, #side { position: sticky; top: 1em } }
+  @media (min-width: 75em) { #one, #side { position: sticky; top: 1em } } #feed { gap: .2em }
+  body:not(.in) .members, .in .guests, #login:empty, #one:has(#by:empty) #comment { display: none }
 </style><header><h1>Nutshell</h1> <a href="docs">All calls</a> <form id="leave" class="members">
   <b id="name"></b> <mark id="role"></mark> <button>Sign out</button></form></header>
-<main><section aria-label="Posts"><form id="demo" class="card guests">BUTTONS</form>
+<main><section aria-label="Posts"><form id="login" class="card guests">BUTTONS</form>
   <form id="enter" class="card guests" novalidate>
-    <label>Email <input name="email" type="email" autocomplete="username"></label>
-    <label>Password <input name="password" type="password"></label>
-    <label>First name, if you are new <input name="first_name"></label>
-    <button>Sign in</button> <button value="new">Sign up</button></form>
-  <form id="write" class="card members" novalidate><label>Title <input name="title"></label>
+    <label>Email <input name="email" id="username" type="email" autocomplete="username"></label>
+    <label>Password <input name="password" type="password"></label> <label>Name, if you are new
+    <input name="first_name"></label> <button>Sign in</button> <button value="new">Sign up</button>
+  </form> <form id="write" class="card members" novalidate><label>Title <input name="title"></label>
     <label>Text <textarea name="content" rows="3"></textarea></label>
-    <button value="publish">Publish</button> <button>Save as draft</button></form>
-  <ul id="posts"></ul></section>
-<section id="one" aria-labelledby="title"><form id="change" class="card"><div>
+    <button value="publish">Publish</button> <button>Save as draft</button></form> <ul id="posts">
+  </ul></section> <section id="one" aria-labelledby="title"><form id="change" class="card"><div>
     <h2 id="title" tabindex="-1"></h2> <small id="by"></small></div> <p id="content"></p>
     <button id="publish" value="/publish">Publish</button> <button id="delete">Delete</button>
   </form> <form id="uncomment"><ul id="comments" aria-label="Comments"></ul></form>
   <form id="comment" class="card members" novalidate><label>Your comment <input name="text"></label>
-    <button>Send</button></form></section>
-<section id="side" aria-label="What happens">
-  <div class="card"><h2>Live <mark id="live" role="status"></mark></h2> <ul id="feed" role="log">
+    <button>Send</button></form></section> <section id="side" aria-label="What happens">
+  <div class="card"><h2>Live</h2> <mark id="live" role="status"></mark> <ul id="feed" role="log">
   </ul></div> <div class="card"><h2>Last call</h2> <button id="copy">Copy</button>
     <pre id="call" tabindex="0"></pre> <pre id="answer" tabindex="0"></pre></div></section></main>
 <script nonce="NONCE">
@@ -2915,28 +2910,24 @@ const KINDS = "post.published post.updated post.deleted comment.created comment.
 const SECRET = /(?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+/g;
 const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
 const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
-let tokens, me, post, command, stream, busy, waiting, loading = Promise.resolve();
+let tokens, me, post, command, stream, busy, waiting, loading, looked = 0;
 function make(tag, properties, ...inside) {  // append() makes text of what people wrote, never HTML
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...inside);
   return element;
 }
 function keep(found) {  // for this tab alone, so that two tabs can be two people
-  sessionStorage.tokens = JSON.stringify(tokens = found);
+  sessionStorage[location.pathname] = JSON.stringify(tokens = found);
   document.body.className = found ? "in" : "";
+  load();
 }
-async function call(method, path, body, isShown = method !== "GET", isRetry = false) {
-  const url = new URL(`api/v1${path}`, location).href, headers = {};
+async function call(method, path, body, isShown = method !== "GET") {
+  const url = new URL(`api/v1${path}`, location).href;
+  const headers = tokens ? { Authorization: `Bearer ${tokens.access_token}` } : {};
   const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON
-  if (tokens) headers.Authorization = `Bearer ${tokens.access_token}`;
   if (typeof sent === "string") headers["Content-Type"] = "application/json";
   const answer = await fetch(url, { method, headers, body: sent }), { status } = answer;
   const text = await answer.text(), found = text && JSON.parse(text);
-  if (status === 401 && tokens && !isRetry) {  // expired: once more, with new tokens or with none
-    const end = (error) => error.status === 401 && keep(null);
-    await call("POST", "/auth/refresh", new URLSearchParams(tokens), false, true).then(keep, end);
-    return call(method, path, body, isShown, true);
-  }
   if (isShown) {
     command = `curl -X ${method} ${quoted(url)}`;
     for (const name in headers) command += ` \\\n  -H ${quoted(`${name}: ${headers[name]}`)}`;
@@ -2944,81 +2935,77 @@ async function call(method, path, body, isShown = method !== "GET", isRetry = fa
     const pretty = `${status} ${text && JSON.stringify(found, null, 2)}`.replace(SECRET, "…");
     show({ call: command.replace(SECRET, "…"), answer: pretty, copy: "Copy" });
   }
+  if (status === 401 && tokens) keep(null);
   if (!answer.ok) throw Object.assign(Error(found.detail), { detail: found.detail, status });
   return found;
 }
+const list = async (path) => (await call("GET", `${path}?size=100`, undefined, !command)).items;
 const byline = (one) => `${one.author.full_name}, ${new Date(one.created_at).toLocaleString()}`;
 const mayDelete = (...all) => me?.is_superuser || all.some((one) => one?.author.id === me?.id);
-const card = (id, one, head, tail) => make("li", { id, className: "card" }, head,
+const card = (kind, one, head, tail) => make("li", { id: kind + one.id, className: "card" }, head,
   make("p", {}, one.text ?? one.content), make("small", {}, byline(one)), " ", tail);
-const postCard = (one) => card(`post${one.id}`, one,
-  make("a", { href: `#${one.id}`, ariaCurrent: one.id === post.id }, one.title),
-  one.is_published ? "" : make("mark", {}, "draft"));
-const commentCard = (one) => card(`comment${one.id}`, one, "",
+const commentCard = (one) => card("comment", one, "",
   mayDelete(one, post) ? make("button", { value: one.id }, "Delete") : "");
-const list = async (path) => (await call("GET", `${path}?size=100`, undefined, !command)).items;
+const postCard = (one) => card("post", one,
+  make("a", { href: `#${one.id}`, ariaCurrent: one.id === post?.id }, one.title),
+  one.is_published ? "" : make("mark", {}, "draft"));
+const gone = (error) => { if (error.status !== 404 && error.status !== 422) throw error; };
 async function look() {
-  me = tokens && await call("GET", "/users/me").catch((error) => { if (tokens) throw error; });
+  me = tokens && await call("GET", "/users/me");
   const drafts = me ? (await list("/users/me/posts")).filter((one) => !one.is_published) : [];
-  const posts = [...drafts, ...await list("/posts")], before = post?.id;
-  const id = Number(location.hash.slice(1)) || before || posts[0]?.id;  // who reads one keeps it
-  const other = () => { location.hash = ""; return posts[0]; };  // where it was deleted
-  post = id && await call("GET", `/posts/${id}`, undefined, id !== before).catch(other);
-  const comments = post ? await list(`/posts/${post.id}/comments`) : [];
+  const posts = [...drafts, ...await list("/posts")];
+  const id = Number(location.hash.slice(1)) || (looked ? post : posts[0])?.id;
+  const found = id && await call("GET", `/posts/${id}`, undefined, id !== post?.id).catch(gone);
+  const comments = found ? await list(`/posts/${id}/comments`) : [];
   const focus = document.activeElement.closest("li")?.id;  // of what is replaced
+  looked = Date.now();
+  post = found;  // here, at once with what is shown: the buttons are for it
   $("posts").replaceChildren(...posts.map(postCard));
   $("comments").replaceChildren(...comments.map(commentCard));
   $(focus)?.querySelector("a, button")?.focus({ preventScroll: true });
-  const by = post && byline(post), { title, content } = post ?? {};
+  const { title = "Choose a post", content } = post ?? {}, by = post && byline(post);
   show({ name: me?.full_name, role: me?.role, title, by, content });
   $("publish").hidden = !post || post.is_published || me?.id !== post.author.id;
-  $("delete").hidden = !mayDelete(post);
+  $("delete").hidden = !post || !mayDelete(post);
 }
-const isOpen = () => stream.readyState === stream.OPEN;
-const tell = (error) => show({ live: isOpen() ? error?.message ?? "connected" : "reconnecting" });
-const load = () => waiting ??= loading.then(() => {  // one at a time, and once for all who wait
-  waiting = null;
-  return loading = look().then(tell, tell);
-});
-const signIn = (form) => call("POST", "/auth/login", new URLSearchParams(form)).then(keep);
-const actions = {
-  demo: (_, account) => signIn(account),
-  async enter({ email, password, first_name }, isNew) {
-    if (isNew) await call("POST", "/auth/register", { email, password, first_name });
-    await signIn({ username: email, password });
+const load = (ms = 0) => waiting ??= new Promise((done) => setTimeout(done, ms))
+  .then(() => loading)  // one look at a time, and one for all who wait
+  .then(() => { waiting = null; return loading = look().then(tell, tell); });
+function tell(error) {
+  show({ live: stream.readyState !== 1 ? "reconnecting" : error?.message ?? "connected" });
+  if (error) load(5000);
+}
+const actions = {  // of each form: its fields, and the value of the button that was pressed
+  login: (_, account) => call("POST", "/auth/login", new URLSearchParams(account)).then(keep),
+  async enter(fields, isNew) {
+    if (isNew) await call("POST", "/auth/register", fields);
+    await actions.login(fields, { username: fields.email, password: fields.password });
   },
-  async write(fields, publish) {
-    post = await call("POST", "/posts", { ...fields, is_published: !!publish });
-    history.pushState(null, "", `#${post.id}`);
-  },
+  write: (fields, publish) => call("POST", "/posts", { ...fields, is_published: !!publish })
+    .then(({ id }) => history.pushState(null, "", `#${id}`)),
   change: (_, publish) => call(publish ? "POST" : "DELETE", `/posts/${post.id}${publish}`),
   comment: (fields) => call("POST", `/posts/${post.id}/comments`, fields),
   uncomment: (_, id) => call("DELETE", `/comments/${id}`),
-  leave: () => call("POST", "/auth/logout").finally(() => keep(null)),
+  leave: () => call("POST", "/auth/logout").then(() => keep(null)),
 };
-const complain = (form, { detail, message }) => [detail ?? message].flat().forEach((wrong) => {
-  const field = form.elements[wrong.loc?.at(-1)], place = field?.parentNode ?? form;
-  place.append(make("div", { className: "alert", role: "alert" }, wrong.msg ?? wrong));
+function complain(form, wrong) {  // at the field that is wrong, or below the form
+  const field = form.elements[wrong.loc?.at(-1)];
+  (field?.parentNode ?? form).append(make("div", { role: "alert" }, wrong.msg ?? wrong));
   field?.focus();
-});
+}
+document.onclick = (event) => { if (busy || event.detail > 1) event.preventDefault(); };  // again
 document.onsubmit = async (event) => {
   event.preventDefault();
-  if (busy) return;
   busy = true;
   const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
-  document.querySelectorAll(".alert").forEach((alert) => alert.remove());
-  await actions[target.id](fields, submitter.value)
-    .then(() => target.reset(), (error) => complain(target, error));
+  document.querySelectorAll("[role=alert]").forEach((alert) => alert.remove());
+  await actions[target.id](fields, submitter?.value).then(() => target.reset(), (error) =>
+    [error.detail ?? error.message].flat().reverse().forEach((wrong) => complain(target, wrong)));
   busy = false;
   await load();
-  if (!submitter.checkVisibility()) $("title").focus({ preventScroll: true });  // it has gone
+  if (document.activeElement === document.body) $("title").focus();  // the button has gone
 };
-const turnTo = () => {
-  $("title").focus({ preventScroll: true });
-  $("one").scrollIntoView({ block: "nearest" });  // on a phone it is below
-};
-window.onhashchange = () => load().then(() => location.hash && turnTo());
-$("posts").onclick = ({ target }) => { if (target.hash === location.hash) turnTo(); };
+window.onhashchange = $("posts").onclick = () => load().then(() => $("title").focus());
 const fill = (event) => { event.clipboardData.setData("text", command); event.preventDefault(); };
 $("copy").onclick = () => {  // navigator.clipboard is only there with https or localhost
   document.addEventListener("copy", fill, { once: true });
@@ -3026,33 +3013,31 @@ $("copy").onclick = () => {  // navigator.clipboard is only there with https or 
 };
 function hear({ type, data }) {
   const { id, post_id, title, text, author } = JSON.parse(data), [kind, happened] = type.split(".");
-  const about = title ?? text ?? document.querySelector(`#post${post_id ?? id} a`)?.textContent;
+  const about = title ?? text ?? $(`post${post_id ?? id}`)?.querySelector("a").innerText ?? "";
   const by = make("small", {}, `${new Date().toLocaleTimeString()} ${author?.full_name ?? ""}`);
-  $("feed").prepend(make("li", { className: "new" }, by, ` ${kind} ${happened}: ${about}`));
+  $("feed").prepend(make("li", {}, by, ` ${kind} ${happened}: ${about}`));
   $("feed").children[8]?.remove();
-  load().then(() => $(kind + id)?.classList.add("new"));
+  load(looked + 2000 - Date.now()).then(() => $(kind + id)?.classList.add("new"));
 }
 function listen() {
   stream = new EventSource("api/v1/events");
   for (const kind of KINDS.split(" ")) stream.addEventListener(kind, hear);
-  stream.addEventListener("reset", load);
-  stream.onopen = load;
-  stream.onerror = () => { load(); if (stream.readyState === 2) setTimeout(listen, 3000); };
+  stream.onopen = () => load();
+  stream.onerror = () => { tell(); if (stream.readyState === 2) setTimeout(listen, 3000); };
 }
-keep(JSON.parse(sessionStorage.tokens ?? null));
 listen();
+keep(JSON.parse(sessionStorage[location.pathname] ?? null));
 </script>"""
 CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 CONTENT_POLICY += "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "
 CONTENT_POLICY += "script-src 'nonce-NONCE'; style-src 'nonce-NONCE'"
 BUTTON = """<button value="username={email}&amp;password={password}">Sign in as {name}
     <mark>{role}</mark></button>"""
-tags.append({"name": "page", "description": "All of it, in a browser"})
 app.description += "\n\n[The page](./) shows what the service does, without a command."
 
 
 @app.head("/", include_in_schema=False)
-@app.get("/", tags=["page"], response_model=dict[str, str], responses=errors(429))
+@app.get("/", tags=["health"], response_model=dict[str, str], responses=errors(429))
 async def get_page(request: Request) -> Response:
     """Tell programs that it runs, and show browsers a page."""
     if settings.production or "text/html" not in request.headers.get("accept", "").lower():

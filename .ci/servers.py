@@ -336,7 +336,7 @@ class Window:
         self.call("Input.dispatchKeyEvent", type="keyUp", **options)
 
     def press(self, name):
-        self.do(f"{self.find('a, button', name)}.click()")
+        self.do(f"element = {self.find('a, button', name)}; element.focus(); element.click()")
 
     def events(self, *methods):
         self.do("1")  # all that was sent before this
@@ -349,7 +349,7 @@ class Window:
 
     def sign_up(self, name):
         fields = {"Email": f"{id(self)}@example.com", "Password": PASSWORD}
-        for label, text in (fields | {"First name, if you are new": name}).items():
+        for label, text in (fields | {"Name, if you are new": name}).items():
             self.fill(label, text)
         self.press("Sign up")
         self.see(f"{name} user Sign out")
