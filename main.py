@@ -418,6 +418,9 @@ class StartError(Exception):
     """Ends the start with its text as one line."""
 
 
+# SQLAlchemy calls the next four functions. `sa.event.listen`, below, says when.
+
+
 def set_pragmas(connection: Any, _: Any, pragmas: str = PRAGMAS) -> None:
     connection.run_async(lambda raw: raw.executescript(pragmas))
 
@@ -525,12 +528,20 @@ def note_rows(session: Session, _: Any) -> None:
     """A session knows which tables it has written to."""
     rows = (*session.new, *session.dirty, *session.deleted)
     session.info.setdefault("written", set()).update(row.__tablename__ for row in rows)
+    session.info["is_unsaved"] = True
 
 
 @sa.event.listens_for(Session, "do_orm_execute")
 def note_statement(state: Any) -> None:
     if not state.is_select:
         state.session.info.setdefault("written", set()).add(ANY_TABLE)
+        state.session.info["is_unsaved"] = not isinstance(state.statement, sa.TextClause)
+
+
+@sa.event.listens_for(Session, "after_commit")
+@sa.event.listens_for(Session, "after_rollback")
+def note_end(session: Session) -> None:
+    session.info["is_unsaved"] = False
 
 
 async def forget(tables: set[str]) -> None:
@@ -568,8 +579,7 @@ async def get_write_session() -> AsyncIterator[AsyncSession]:
     """Waits for the writer at its first statement. What was not committed is undone."""
     async with WritingSession(write_engine, expire_on_commit=False) as session:
         yield session
-        changed = session.new or session.dirty or session.deleted or session.info.get("written")
-        if changed and session.in_transaction():
+        if session.new or session.dirty or session.deleted or session.info.get("is_unsaved"):
             logger.warning("what a route has written is undone: it did not call session.commit()")
 
 
@@ -900,6 +910,8 @@ async def get_docs() -> HTMLResponse:
 
 def make_openapi() -> dict[str, Any]:
     """FastAPI's, but a docstring's first line is the summary, and the rest the description."""
+    if app.openapi_schema:  # made before
+        return app.openapi_schema
     schema = FastAPI.openapi(app)
     for operation in [one for path in schema["paths"].values() for one in path.values()]:
         made_of_name = operation["operationId"].replace("_", " ").title()
@@ -1242,7 +1254,7 @@ async def find_login(
 async def identify(
     request: HTTPConnection, token: str, kind: TokenType, session: AsyncSession
 ) -> UserRead:
-    """The user that this token stands for."""
+    """The user that this token stands for: read once, then remembered until it may have changed."""
     generation, remembered = await identities.get((kind, token))
     expires, me = remembered or (0, None)
     if me is None or expires <= utc_now().timestamp():
@@ -2085,6 +2097,8 @@ class Event(NamedTuple):
 
 
 class EventHub:
+    """`publish` is `add`; or, with Redis, it has every process `add` the event."""
+
     def __init__(self) -> None:
         self.publish: Callable[[str, int, str], Awaitable[None]] = self.add
         self.reset()
@@ -2097,6 +2111,7 @@ class EventHub:
     def reset(self) -> None:
         self.run = secrets.token_hex(4)
         self.position = 1  # the number that the next event gets
+        # Never empty: the first entry gives an id to whoever listens before anything happens.
         self.log = deque([Event(f"{self.run}-0", "reset", 0, "{}")], maxlen=MAX_BEHIND)
         self.changed = asyncio.Event()
 
@@ -2104,7 +2119,7 @@ class EventHub:
         self.log.append(Event(event_id or f"{self.run}-{self.position}", kind, post_id, data))
         self.position += 1
         self.changed.set()  # wakes those who wait now
-        self.changed = asyncio.Event()
+        self.changed = asyncio.Event()  # for those who wait from now on
 
     def position_after(self, event_id: str) -> int:
         """-1 if this id is unknown or too old."""
@@ -2768,6 +2783,7 @@ class RedisGeneration(Generation):
         if settings.cache_seconds == 0 or perf_counter() < shared.is_trusted_at:
             return None
         new = secrets.token_hex(8)
+        # nx: it is set only where none is; get: the answer is what was there before, or None.
         value: str | None = await shared.call("set", self.key, new, nx=True, get=True)
         return value
 
@@ -3082,9 +3098,10 @@ def check_port() -> None:
         for family, *_, address in socket.getaddrinfo(host, settings.port, 0, socket.SOCK_STREAM):
             socket.create_server(address, family=family).close()
     except OSError as error:
-        if error.errno != EADDRINUSE:
-            raise
-        print(f"PORT: {settings.port} is in use", file=sys.stderr)
+        problem = f"HOST, PORT: {error.strerror}"
+        if error.errno == EADDRINUSE:
+            problem = f"PORT: {settings.port} is in use. Stop what runs there, or set another PORT"
+        print(problem, file=sys.stderr)
         raise SystemExit(3) from None
 
 

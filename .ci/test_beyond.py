@@ -929,6 +929,8 @@ def test_who_may_delete_finds_a_button(open_window, demo):
     wait_until(lambda: cleo.do(comments).startswith("A pity."))
     cleo.do("document.querySelector('#comments button').click()")
     ann.see("comment deleted: For deletion")
+    again = "new MouseEvent('click', { detail: 2, bubbles: true, cancelable: true })"
+    cleo.do(f"document.getElementById('delete').dispatchEvent({again})")  # of a double click
     cleo.press("Delete")
     wait_until(lambda: cleo.do("document.activeElement.id") == "title")
     for window in (ann, ben, cleo):
@@ -991,6 +993,34 @@ def test_a_restart_costs_a_visible_reconnecting_and_nothing_else(open_window, tm
         window.see("Dora post published: Half a title", "Dora user", "It was here.")
         window.do("tokens.access_token = 'expired'; load()")
         window.see("Sign up", "Live connected")
+
+
+def test_what_cannot_be_read_now_stays_as_it_is_and_is_tried_again(open_window, demo):
+    window = open_window(demo.url)
+    window.see("Live connected", "200 {")
+    window.sign_up("Dora")
+    window.open("Walnuts")
+    window.see("Mine did.")
+    window.call("Network.setBlockedURLs", urls=["*/posts/*/comments*"])
+    window.press("Bees in November")
+    window.see("Live Failed to fetch", "Dora user")
+    assert "Mine did." in window.text()  # title, comments and buttons are those of one post
+    assert window.do("post.title") == "Walnuts"
+    window.call("Network.setBlockedURLs", urls=[])
+    window.see("Who decides?", "Live connected")
+
+
+def test_many_events_are_few_requests(open_window, demo):
+    window = open_window(demo.url)
+    window.see("Live connected", "200 {")
+    dora = sign_up(demo.client)
+    before = len(window.events("Network.requestWillBeSent"))
+    for number in range(40):
+        write_post(dora, title=f"Number {number}")
+    window.see("post published: Number 39")
+    window.find("#posts a", "Number 39")
+    assert window.do("document.getElementById('feed').children.length") == 8
+    assert len(window.events("Network.requestWillBeSent")) - before < 20
 
 
 def test_the_page_works_by_keyboard_on_a_phone_and_on_a_projector(open_window, demo):
