@@ -627,7 +627,7 @@ def test_a_shared_cache_keeps_nothing_that_was_asked_for_with_a_token(service, t
 # --- Alembic --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"] if FULL else ["sqlite"])
 def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, request, database):
     pytest.importorskip("alembic")
     settings = {}
