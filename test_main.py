@@ -2152,9 +2152,9 @@ def try_own_application():
 
     @main.app.get("/shop")
     def get_email(me: main.CurrentUser) -> str:
-        """Say who buys.
+        """Get Email
 
-        It is their email."""
+        Of who buys."""
         return me.email
 
     main.app.get("/pay", name="pay", summary="Pay now")(get_email)
@@ -2180,8 +2180,8 @@ def try_own_application():
             paths = client.get(f"{root}/openapi.json").json()["paths"]
             abouts = [paths[path]["get"] for path in ("/shop", "/pay", "/leave")]
             assert [(about["summary"], about.get("description")) for about in abouts] == [
-                ("Say who buys.", "It is their email."),
-                ("Pay now", "Say who buys.\n\nIt is their email."),
+                ("Get Email", "Of who buys."),
+                ("Pay now", "Get Email\n\nOf who buys."),
                 ("Leave Shop", None),
             ]
             assert client.get(f"{root}/docs/swagger-ui.css").status_code == 200

@@ -901,6 +901,10 @@ def test_what_one_window_writes_another_sees_at_once_and_it_stays_text(open_wind
         sent = window.events("Network.requestWillBeSent")
         urls = [event["request"]["url"] for event in sent]
         assert [url for url in urls if not url.startswith((demo.url, "data:"))] == []
+    mine.call("Network.setBlockedURLs", urls=["*/auth/logout"])
+    mine.press("Sign out")
+    mine.see("Sign out Failed to fetch")  # so the login has not ended
+    mine.call("Network.setBlockedURLs", urls=[])
     mine.press("Sign out")
     mine.see("Sign up")
 
@@ -915,6 +919,9 @@ def test_who_may_delete_finds_a_button(open_window, demo):
     ann.do(
         "for (const _ of '12') document.querySelector('#write button').click()"
     )  # once is enough
+    dora = open_window(demo.url)
+    dora.see("Live connected", "200 {")
+    assert dora.do("post.title") == "For deletion"  # the newest, without a click
     ben.open("For deletion")
     current = "[...document.querySelectorAll('.card:has([aria-current=true]) a')]"
     assert ben.do(f"{current}.map((a) => a.innerText)") == ["For deletion"]
@@ -930,15 +937,17 @@ def test_who_may_delete_finds_a_button(open_window, demo):
     cleo.do("document.querySelector('#comments button').click()")
     ann.see("comment deleted: For deletion")
     again = "new MouseEvent('click', { detail: 2, bubbles: true, cancelable: true })"
-    cleo.do(f"document.getElementById('delete').dispatchEvent({again})")  # of a double click
+    assert not cleo.do(f"$('delete').dispatchEvent({again}); busy")  # the second of two clicks
     cleo.press("Delete")
     wait_until(lambda: cleo.do("document.activeElement.id") == "title")
-    for window in (ann, ben, cleo):
+    for window in (ann, ben, cleo, dora):
         window.see("post deleted: For deletion")
         titles = "document.querySelector('#posts').innerText"
         wait_until(lambda: "For deletion" not in window.do(titles))  # noqa: B023
+        window.do("load()")
         window.see("Choose a post")  # no other takes its place
-    assert [entry for entry in ann.complaints() if "404" not in entry["text"]] == []
+        assert not re.search("Delete|Your comment", window.text())
+        assert [entry for entry in window.complaints() if "404" not in entry["text"]] == []
 
 
 def test_the_last_call_stands_as_a_command_whose_secrets_only_copy_shows(open_window, demo):
@@ -969,10 +978,14 @@ def test_what_is_wrong_stands_at_its_field(open_window, demo):
         alert = f"document.querySelector('label:has([name={name}]) [role=alert]')"
         assert text in window.do(f"{alert}.innerText")
         assert window.do(f"getComputedStyle({alert}).color") == "rgb(179, 38, 30)"
+    assert window.do("document.activeElement.name") == "email"  # the first of them
     assert "qwertyuiop" not in window.text()
     window.press("Sign in")
     window.see("Wrong email or password")
     assert "guessed first" not in window.text()
+    window.do("document.getElementById('enter').reset()")
+    window.press("Sign in")
+    window.see("Email Field required", "Password Field required")
 
 
 def test_a_restart_costs_a_visible_reconnecting_and_nothing_else(open_window, tmp_path):
@@ -995,19 +1008,33 @@ def test_a_restart_costs_a_visible_reconnecting_and_nothing_else(open_window, tm
         window.see("Sign up", "Live connected")
 
 
-def test_what_cannot_be_read_now_stays_as_it_is_and_is_tried_again(open_window, demo):
+@pytest.mark.parametrize("lost", ["*/posts/*/comments*", "*/posts/*", "*/posts?size*"])
+def test_what_cannot_be_read_now_stays_as_it_is_and_is_tried_again(open_window, demo, lost):
     window = open_window(demo.url)
     window.see("Live connected", "200 {")
-    window.sign_up("Dora")
     window.open("Walnuts")
     window.see("Mine did.")
-    window.call("Network.setBlockedURLs", urls=["*/posts/*/comments*"])
+    window.call("Network.setBlockedURLs", urls=[lost])
     window.press("Bees in November")
-    window.see("Live Failed to fetch", "Dora user")
-    assert "Mine did." in window.text()  # title, comments and buttons are those of one post
-    assert window.do("post.title") == "Walnuts"
+    window.see("Live Failed to fetch", "Mine did.")
+    window.do("load()")
+    assert window.do("post.title") == "Walnuts"  # title, comments and buttons are of one post
+    assert window.do("document.getElementById('title').innerText") == "Walnuts"
     window.call("Network.setBlockedURLs", urls=[])
     window.see("Who decides?", "Live connected")
+
+
+def test_without_a_stream_the_page_is_there_and_asks_again(open_window, demo):
+    window = open_window(demo.url)
+    window.press("Sign in as Ben")
+    window.see("Ben user Sign out")
+    window.call("Fetch.enable", patterns=[{"urlPattern": "*/events"}])
+    window.call("Page.reload")
+    (request,) = wait_until(lambda: window.events("Fetch.requestPaused"))
+    window.call("Fetch.fulfillRequest", requestId=request["requestId"], responseCode=503)
+    window.see("Live reconnecting", "Walnuts", "Ben user Sign out")
+    window.call("Fetch.disable")
+    window.see("Live connected")
 
 
 def test_many_events_are_few_requests(open_window, demo):
@@ -1019,6 +1046,8 @@ def test_many_events_are_few_requests(open_window, demo):
         write_post(dora, title=f"Number {number}")
     window.see("post published: Number 39")
     window.find("#posts a", "Number 39")
+    window.do("hear({ type: 'post.deleted', data: '{\"id\": 0}' })")  # of one that is not listed
+    assert "undefined" not in window.text()
     assert window.do("document.getElementById('feed').children.length") == 8
     assert len(window.events("Network.requestWillBeSent")) - before < 20
 
