@@ -580,7 +580,7 @@ async def get_write_session() -> AsyncIterator[AsyncSession]:
     async with WritingSession(write_engine, expire_on_commit=False) as session:
         yield session
         if session.new or session.dirty or session.deleted or session.info.get("is_unsaved"):
-            logger.warning("what a route has written is undone: it did not call session.commit()")
+            logger.warning("what a route wrote is undone: `await session.commit()` is missing")
 
 
 # With scope "function" a connection is free when the route returns, before the answer is sent.
@@ -672,6 +672,8 @@ class StrictBody(SQLModel):
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_FORM_BYTES = 16 * 1024
+# Those of ASGI that bring the headers of an answer.
+FIRST_MESSAGES = "http.response.start", "websocket.http.response.start", "websocket.accept"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
 RESPONSE_HEADERS = "ETag, Location, Retry-After, RateLimit, RateLimit-Policy"
@@ -815,7 +817,7 @@ class RequestMiddleware:
         state = add_state(scope)
 
         async def send_with_headers(message: Message) -> None:
-            if message["type"].endswith(("http.response.start", "websocket.accept")):
+            if message["type"] in FIRST_MESSAGES:
                 state["status"] = message.get("status", 101)
                 ours = state["response_headers"]
                 ours[b"x-process-time"] = b"%.4f" % (perf_counter() - started)
@@ -1073,6 +1075,7 @@ def get_signing_key() -> Any:
     if len(secret) < 32:
         raise StartError("SECRET_KEY: its file beside the database has less than 32 bytes")
     encoded = base64.urlsafe_b64encode(secret).decode()
+    # As a string it would be looked at anew for each token.
     return jwk.construct({"kty": "oct", "k": encoded}, "HS256")
 
 
@@ -1262,7 +1265,8 @@ async def identify(
         user, _ = await find_login(session, claims)
         await session.close()  # hold no reader while waiting for the writer or for bcrypt
         me = UserRead.model_validate(user)
-        identities.keep((kind, token), (claims.exp, me), len(token) + 5_000, generation)
+        size = len(token) + 5_000  # a user's, at most
+        identities.keep((kind, token), (claims.exp, me), size, generation)
     request.state.user_id = me.id  # for the log
     return me
 
@@ -1468,7 +1472,7 @@ class PostUpdate(StrictBody):
 
     model_config = {"json_schema_extra": {"example": {"title": "Bees", "content": "They dance."}}}
 
-    title: Title = Field(default="")
+    title: Title = Field(default="")  # a default only says that it need not be sent
     content: Content = Field(default="")
     version: StrictInt | None = None
 
@@ -1484,6 +1488,7 @@ class Post(PostCreate, TableBase, table=True):
         sa.Index("ix_post_author_id", "author_id"),
         {"sqlite_autoincrement": True},
     )
+    # Each UPDATE makes it one higher, and fails if the row has another one by then.
     __mapper_args__ = {"version_id_col": sa.Column("version", sa.Integer, nullable=False)}
 
     is_published: bool = False
@@ -1687,6 +1692,7 @@ async def get_post(post: VisiblePost) -> PostRead:
     return PostRead.model_validate(post)
 
 
+# The second name, since /docs has room for each name once.
 @posts.put("/{post_id}", name="put_post", responses=errors(403, 404, 409))
 @posts.patch("/{post_id}", responses=errors(403, 404, 409))
 async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) -> PostRead:
@@ -1694,7 +1700,7 @@ async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) ->
     if body.version not in (None, post.version):
         raise APIError("CONFLICT", f"The post has changed: its version is {post.version}")
     changes = body.model_dump(exclude_unset=True, exclude={"version"})
-    if changes:
+    if changes:  # the time makes it an UPDATE even where all else is as it was
         post.sqlmodel_update(changes | {"updated_at": utc_now()})
         await session.commit()
         await announce_post("post.updated", post)
@@ -2385,6 +2391,7 @@ SIGN_IN_FORM = string.Template("""<form method="post" action="sign-in">
 SIGN_OUT_FORM = string.Template("""<p>You are signed in as <b>$name</b>.</p>
 <form method="post" action="sign-out"><button>Sign out</button></form>
 <a href="$next">Continue</a>""")
+# A browser applies only the style that has this hash.
 STYLE_HASH = base64.b64encode(hashlib.sha256(GATE_STYLE.encode()).digest()).decode()
 GATE_HEADERS = {
     "Cache-Control": "private, no-store",
@@ -2902,7 +2909,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell<
   pre { max-height: 40vh; overflow: auto; font: .9em/1.4 ui-monospace, monospace; margin: 1em 0 0 }
   @media (min-width: 75em) { #one, #side { position: sticky; top: 1em } } #feed { gap: .2em }
   body:not(.in) .members, .in .guests, #login:empty, #one:has(#by:empty) #comment { display: none }
-</style><header><h1>Nutshell</h1> <a href="docs">All calls</a> <form id="leave" class="members">
+</style><header><h1>Nutshell</h1> <a href="docs">API docs</a> <form id="leave" class="members">
   <b id="name"></b> <mark id="role"></mark> <button>Sign out</button></form></header>
 <main><section aria-label="Posts"><form id="login" class="card guests">BUTTONS</form>
   <form id="enter" class="card guests" novalidate>
@@ -2914,8 +2921,8 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell<
     <button value="publish">Publish</button> <button>Save as draft</button></form> <ul id="posts">
   </ul></section> <section id="one" aria-labelledby="title"><form id="change" class="card"><div>
     <h2 id="title" tabindex="-1"></h2> <small id="by"></small></div> <p id="content"></p>
-    <button id="publish" value="/publish">Publish</button> <button id="delete">Delete</button>
-  </form> <form id="uncomment"><ul id="comments" aria-label="Comments"></ul></form>
+    <button id="publish" value="/publish" hidden>Publish</button> <button id="delete" hidden>
+    Delete</button></form> <form id="uncomment"><ul id="comments" aria-label="Comments"></ul></form>
   <form id="comment" class="card members" novalidate><label>Your comment <input name="text"></label>
     <button>Send</button></form></section> <section id="side" aria-label="What happens">
   <div class="card"><h2>Live</h2> <mark id="live" role="status"></mark> <ul id="feed" role="log">
@@ -2937,7 +2944,7 @@ function keep(found) {  // for this tab alone, so that two tabs can be two peopl
   document.body.className = found ? "in" : "";
   load();
 }
-async function call(method, path, body, isShown = method !== "GET") {
+async function call(method, path, body, isShown = method !== "GET") {  // shown as "Last call"
   const url = new URL(`api/v1${path}`, location).href;
   const headers = tokens ? { Authorization: `Bearer ${tokens.access_token}` } : {};
   const sent = body instanceof URLSearchParams ? body : JSON.stringify(body);  // a form, or JSON

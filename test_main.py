@@ -554,13 +554,13 @@ def test_the_read_session_and_the_current_user_are_read_only(client, ann):
 
 def test_a_row_that_a_route_returns_hides_its_hash_and_a_missing_commit_is_logged(ann, caplog):
     for end in ("commit", "rollback", "flush"):
-        assert "it did not call session.commit()" not in caplog.text
+        assert "`await session.commit()` is missing" not in caplog.text
         row = ann.api.get(f"/own/end/{ann.id}?end={end}").json()
         ann.api.get("/own/writer?sql=SELECT 1")
     shown = ("Not stored", ann.email, False)
     assert (row["bio"], row["email"], "hashed_password" in row) == shown
     assert ann.api.get("/users/me").json()["bio"] is None
-    assert caplog.text.count("it did not call session.commit()") == 1
+    assert caplog.text.count("`await session.commit()` is missing") == 1
 
 
 @sqlite_only

@@ -1128,7 +1128,7 @@ def test_page_docs_and_cache_work_under_a_prefix(open_window, tmp_path):
         answer = service.client.get("/auth/verify?sign_in=true", headers=page)
         assert answer.headers["location"] == "/nut/sign-in?next=%2F"
         assert httpx.post(f"{service.url}/sign-out").headers["location"] == "/nut/sign-in"
-        window.press("All calls")
+        window.press("API docs")
         window.see("/api/v1/posts")
         assert window.complaints() == []
 
