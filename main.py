@@ -535,13 +535,14 @@ def note_rows(session: Session, _: Any) -> None:
 def note_statement(state: Any) -> None:
     if not state.is_select:
         state.session.info.setdefault("written", set()).add(ANY_TABLE)
-        state.session.info["is_unsaved"] = not isinstance(state.statement, sa.TextClause)
+        if not isinstance(state.statement, sa.TextClause):  # which may only read
+            state.session.info["is_unsaved"] = True
 
 
 @sa.event.listens_for(Session, "after_commit")
 @sa.event.listens_for(Session, "after_rollback")
 def note_end(session: Session) -> None:
-    session.info["is_unsaved"] = False
+    session.info["is_unsaved"] = session.in_nested_transaction()  # a savepoint's end saves nothing
 
 
 async def forget(tables: set[str]) -> None:
@@ -557,7 +558,7 @@ class WritingSession(AsyncSession):
         try:
             await super().commit()
         finally:  # a COMMIT that was cut off may have been done nevertheless
-            await forget(self.info.pop("written", {ANY_TABLE}))  # SQL as text is not noted
+            await forget(self.info.pop("written", {ANY_TABLE}))  # by a connection: not noted
 
     async def close(self) -> None:
         try:
@@ -911,15 +912,15 @@ async def get_docs() -> HTMLResponse:
 
 
 def make_openapi() -> dict[str, Any]:
-    """FastAPI's, but a docstring's first line is the summary, and the rest the description."""
+    """FastAPI's, but a docstring's first paragraph is the summary, the rest the description."""
     if app.openapi_schema:  # made before
         return app.openapi_schema
     schema = FastAPI.openapi(app)
     for operation in [one for path in schema["paths"].values() for one in path.values()]:
         made_of_name = operation["operationId"].replace("_", " ").title()
         if operation["summary"] == made_of_name and "description" in operation:
-            summary, _, description = operation["description"].partition("\n")
-            operation |= {"summary": summary, "description": description.strip()}
+            summary, _, description = operation["description"].partition("\n\n")
+            operation |= {"summary": summary.replace("\n", " "), "description": description}
     return schema
 
 
@@ -2888,8 +2889,7 @@ if settings.demo:
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style nonce="NONCE">:root { color-scheme: light dark; --paper: light-dark(#f7f2eb, #17140f);
-    --card: light-dark(#fff, #231e18); --nut: light-dark(#964c0a, #f5b765);
-    --soft: color-mix(in srgb, currentColor 18%, transparent); color: light-dark(#420, #fec) }
+    --card: light-dark(#fff, #231e18); --nut: light-dark(#964c0a, #f5b765); --soft: #a864 }
   * { box-sizing: border-box; margin: 0; padding: 0; font: inherit; overflow-wrap: anywhere }
   body { padding: 1.5em; font: clamp(16px, 1.15vw, 28px)/1.5 system-ui; background: var(--paper) }
   header, form { display: flex; flex-wrap: wrap; gap: .6em; align-items: center }
@@ -2912,14 +2912,14 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Nutshell<
 </style><header><h1>Nutshell</h1> <a href="docs">API docs</a> <form id="leave" class="members">
   <b id="name"></b> <mark id="role"></mark> <button>Sign out</button></form></header>
 <main><section aria-label="Posts"><form id="login" class="card guests">BUTTONS</form>
-  <form id="enter" class="card guests" novalidate>
-    <label>Email <input name="email" id="username" type="email" autocomplete="username"></label>
-    <label>Password <input name="password" type="password"></label> <label>Name, if you are new
-    <input name="first_name"></label> <button>Sign in</button> <button value="new">Sign up</button>
-  </form> <form id="write" class="card members" novalidate><label>Title <input name="title"></label>
-    <label>Text <textarea name="content" rows="3"></textarea></label>
-    <button value="publish">Publish</button> <button>Save as draft</button></form> <ul id="posts">
-  </ul></section> <section id="one" aria-labelledby="title"><form id="change" class="card"><div>
+  <form id="enter" class="card guests" novalidate><label>Email <input name="email" id="username"
+    type="email" autocomplete="username"></label> <label>Password <input name="password"
+    type="password"></label> <label>Name, if you are new <input name="first_name"></label>
+    <button>Sign in</button> <button value="new">Sign up</button></form>
+  <form id="write" class="card members" novalidate><label>Title <input name="title"></label>
+    <label>Text <textarea name="content" rows="3"></textarea></label> <button value="publish">
+    Publish</button> <button>Save as draft</button></form> <ul id="posts"></ul></section>
+<section id="one" aria-labelledby="title"><form id="change" class="card"><div>
     <h2 id="title" tabindex="-1"></h2> <small id="by"></small></div> <p id="content"></p>
     <button id="publish" value="/publish" hidden>Publish</button> <button id="delete" hidden>
     Delete</button></form> <form id="uncomment"><ul id="comments" aria-label="Comments"></ul></form>
@@ -2933,17 +2933,13 @@ const KINDS = "post.published post.updated post.deleted comment.created comment.
 const SECRET = /(?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+/g;
 const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
 const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
-let tokens, me, post, command, stream, busy, waiting, loading, looked = 0;
+let tokens, me, post, shown, newest, command, stream, busy, timer, waiting, loading, looked = 0;
 function make(tag, properties, ...inside) {  // append() makes text of what people wrote, never HTML
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...inside);
   return element;
 }
-function keep(found) {  // for this tab alone, so that two tabs can be two people
-  sessionStorage[location.pathname] = JSON.stringify(tokens = found);
-  document.body.className = found ? "in" : "";
-  load();
-}
+const keep = (found) => { sessionStorage.nutshell = JSON.stringify(tokens = found); load(); };
 async function call(method, path, body, isShown = method !== "GET") {  // shown as "Last call"
   const url = new URL(`api/v1${path}`, location).href;
   const headers = tokens ? { Authorization: `Bearer ${tokens.access_token}` } : {};
@@ -2958,18 +2954,18 @@ async function call(method, path, body, isShown = method !== "GET") {  // shown 
     const pretty = `${status} ${text && JSON.stringify(found, null, 2)}`.replace(SECRET, "…");
     show({ call: command.replace(SECRET, "…"), answer: pretty, copy: "Copy" });
   }
-  if (status === 401 && tokens) keep(null);
-  if (!answer.ok) throw Object.assign(Error(found.detail), { detail: found.detail, status });
+  if (status === 401 && headers.Authorization?.endsWith(tokens?.access_token)) keep(null);
+  if (!answer.ok) throw Object.assign(Error(found.detail ?? status), { ...found, status });
   return found;
 }
 const list = async (path) => (await call("GET", `${path}?size=100`, undefined, !command)).items;
 const byline = (one) => `${one.author.full_name}, ${new Date(one.created_at).toLocaleString()}`;
 const mayDelete = (...all) => me?.is_superuser || all.some((one) => one?.author.id === me?.id);
-const card = (kind, one, head, tail) => make("li", { id: kind + one.id, className: "card" }, head,
+const card = (id, one, head, tail) => make("li", { id, className: "card" }, head,
   make("p", {}, one.text ?? one.content), make("small", {}, byline(one)), " ", tail);
-const commentCard = (one) => card("comment", one, "",
+const commentCard = (one) => card(`comment${one.id}`, one, "",
   mayDelete(one, post) ? make("button", { value: one.id }, "Delete") : "");
-const postCard = (one) => card("post", one,
+const postCard = (one) => card(`post${one.id}`, one,
   make("a", { href: `#${one.id}`, ariaCurrent: one.id === post?.id }, one.title),
   one.is_published ? "" : make("mark", {}, "draft"));
 const gone = (error) => { if (error.status !== 404 && error.status !== 422) throw error; };
@@ -2978,25 +2974,28 @@ async function look() {
   const drafts = me ? (await list("/users/me/posts")).filter((one) => !one.is_published) : [];
   const posts = [...drafts, ...await list("/posts")];
   const id = Number(location.hash.slice(1)) || (looked ? post : posts[0])?.id;
-  const found = id && await call("GET", `/posts/${id}`, undefined, id !== post?.id).catch(gone);
+  const found = id && await call("GET", `/posts/${id}`, undefined, id !== shown).catch(gone);
+  shown = id;
   const comments = found ? await list(`/posts/${id}/comments`) : [];
   const focus = document.activeElement.closest("li")?.id;  // of what is replaced
-  looked = Date.now();
+  looked = performance.now();
   post = found;  // here, at once with what is shown: the buttons are for it
   $("posts").replaceChildren(...posts.map(postCard));
   $("comments").replaceChildren(...comments.map(commentCard));
   $(focus)?.querySelector("a, button")?.focus({ preventScroll: true });
+  $(newest)?.classList.add("new");
   const { title = "Choose a post", content } = post ?? {}, by = post && byline(post);
   show({ name: me?.full_name, role: me?.role, title, by, content });
+  document.body.className = me ? "in" : "";
   $("publish").hidden = !post || post.is_published || me?.id !== post.author.id;
   $("delete").hidden = !post || !mayDelete(post);
 }
-const load = (ms = 0) => waiting ??= new Promise((done) => setTimeout(done, ms))
-  .then(() => loading)  // one look at a time, and one for all who wait
-  .then(() => { waiting = null; return loading = look().then(tell, tell); });
+const load = () => waiting ??= new Promise((done) => setTimeout(done)).then(() => loading)
+  .then(() => { waiting = null; return loading = look().then(tell, tell); });  // all share one
+const later = (ms) => timer ??= setTimeout(() => { timer = null; load(); }, ms);
 function tell(error) {
   show({ live: stream.readyState !== 1 ? "reconnecting" : error?.message ?? "connected" });
-  if (error) load(5000);
+  if (error) later(5000);
 }
 const actions = {  // of each form: its fields, and the value of the button that was pressed
   login: (_, account) => call("POST", "/auth/login", new URLSearchParams(account)).then(keep),
@@ -3005,30 +3004,31 @@ const actions = {  // of each form: its fields, and the value of the button that
     await actions.login(fields, { username: fields.email, password: fields.password });
   },
   write: (fields, publish) => call("POST", "/posts", { ...fields, is_published: !!publish })
-    .then(({ id }) => history.pushState(null, "", `#${id}`)),
-  change: (_, publish) => call(publish ? "POST" : "DELETE", `/posts/${post.id}${publish}`),
-  comment: (fields) => call("POST", `/posts/${post.id}/comments`, fields),
+    .then(({ id }) => history.pushState(null, "", `#${shown = id}`)),
+  change: (_, publish) => call(publish ? "POST" : "DELETE", `/posts/${post?.id}${publish}`),
+  comment: (fields) => call("POST", `/posts/${post?.id}/comments`, fields),
   uncomment: (_, id) => call("DELETE", `/comments/${id}`),
-  leave: () => call("POST", "/auth/logout").then(() => keep(null)),
+  leave: () => call("POST", "/auth/logout").then(() => { keep(null); location.replace("."); }),
 };
 function complain(form, wrong) {  // at the field that is wrong, or below the form
   const field = form.elements[wrong.loc?.at(-1)];
   (field?.parentNode ?? form).append(make("div", { role: "alert" }, wrong.msg ?? wrong));
   field?.focus();
 }
-document.onclick = (event) => { if (busy || event.detail > 1) event.preventDefault(); };  // again
+const turnTo = () => document.activeElement.matches("input, textarea") || $("title").focus();
+document.onclick = (event) => { if (event.detail > 1) event.preventDefault(); };  // a double click
 document.onsubmit = async (event) => {
   event.preventDefault();
+  if (busy) return;
   busy = true;
   const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
   document.querySelectorAll("[role=alert]").forEach((alert) => alert.remove());
   await actions[target.id](fields, submitter?.value).then(() => target.reset(), (error) =>
     [error.detail ?? error.message].flat().reverse().forEach((wrong) => complain(target, wrong)));
   busy = false;
-  await load();
-  if (document.activeElement === document.body) $("title").focus();  // the button has gone
+  await load().then(turnTo);
 };
-window.onhashchange = $("posts").onclick = () => load().then(() => $("title").focus());
+window.onhashchange = $("posts").onclick = () => load().then(turnTo);
 const fill = (event) => { event.clipboardData.setData("text", command); event.preventDefault(); };
 $("copy").onclick = () => {  // navigator.clipboard is only there with https or localhost
   document.addEventListener("copy", fill, { once: true });
@@ -3040,7 +3040,8 @@ function hear({ type, data }) {
   const by = make("small", {}, `${new Date().toLocaleTimeString()} ${author?.full_name ?? ""}`);
   $("feed").prepend(make("li", {}, by, ` ${kind} ${happened}: ${about}`));
   $("feed").children[8]?.remove();
-  load(looked + 2000 - Date.now()).then(() => $(kind + id)?.classList.add("new"));
+  newest = kind + id;
+  later(looked + 3000 - performance.now());
 }
 function listen() {
   stream = new EventSource("api/v1/events");
@@ -3049,7 +3050,7 @@ function listen() {
   stream.onerror = () => { tell(); if (stream.readyState === 2) setTimeout(listen, 3000); };
 }
 listen();
-keep(JSON.parse(sessionStorage[location.pathname] ?? null));
+keep(JSON.parse(sessionStorage.nutshell ?? null));  // of this tab: two tabs can be two people
 </script>"""
 CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 CONTENT_POLICY += "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta, timezone
 from email import message_from_bytes, policy
 from functools import partial
@@ -468,14 +468,28 @@ async def dismiss(user_id: int, session: main.WriteSession):
         session.add(main.Post(title="T", content="C", author_id=user_id))
 
 
-@own.get("/end/{user_id}")
-async def end_in_some_way(user_id: int, end: str, session: main.WriteSession):
-    user = await session.get(main.User, user_id)
-    user.bio = None if end == "commit" else "Not stored"
-    await session.flush()
-    await getattr(session, end)()
-    await session.refresh(user)
-    return user
+@own.get("/write/{how}")
+async def write_somehow(how: str, me: main.CurrentUser, session: main.WriteSession):
+    user = await session.get(main.User, me.id)
+    async with session.begin_nested() if "savepoint" in how else nullcontext():
+        if "post" in how:
+            session.add(main.Post(title="T", content="C", author_id=me.id))
+        if "delete" in how:
+            await session.delete(user)
+        if "change" in how:
+            user.bio = how
+        if "statement" in how:
+            await session.exec(sa.update(main.User).values(bio=how).where(main.User.id == me.id))
+        if "text" in how:
+            await session.exec(sa.text(f"UPDATE \"user\" SET bio = '{how}' WHERE id = {me.id}"))
+        if "connection" in how:
+            statement = sa.update(main.User).values(bio=how).where(main.User.id == me.id)
+            await (await session.connection()).execute(statement)
+    for end in ("flush", "rollback", "commit"):
+        if end in how:
+            await getattr(session, end)()
+            await session.exec(sa.text("SELECT 1"))
+    return [me.bio, user]
 
 
 main.app.include_router(own)
@@ -552,15 +566,29 @@ def test_the_read_session_and_the_current_user_are_read_only(client, ann):
     assert ann.api.get("/users/me").json()["role"] == "user"
 
 
-def test_a_row_that_a_route_returns_hides_its_hash_and_a_missing_commit_is_logged(ann, caplog):
-    for end in ("commit", "rollback", "flush"):
-        assert "`await session.commit()` is missing" not in caplog.text
-        row = ann.api.get(f"/own/end/{ann.id}?end={end}").json()
-        ann.api.get("/own/writer?sql=SELECT 1")
-    shown = ("Not stored", ann.email, False)
-    assert (row["bio"], row["email"], "hashed_password" in row) == shown
-    assert ann.api.get("/users/me").json()["bio"] is None
-    assert caplog.text.count("`await session.commit()` is missing") == 1
+UNSAVED = ["post", "delete", "change", "change flush", "statement", "change savepoint"]
+
+
+@pytest.mark.parametrize("how", UNSAVED)
+def test_a_route_without_a_commit_writes_nothing_and_is_named_in_the_log(ann, caplog, how):
+    before = ann.api.get("/users/me").json()
+    assert ann.api.get(f"/own/write/{how}").status_code == 200
+    assert "`await session.commit()` is missing" in caplog.text
+    assert ann.api.get("/users/me").json() == before
+
+
+SAVED = ["change", "statement", "text", "connection", "post statement", "change savepoint"]
+
+
+@pytest.mark.parametrize("how", [*SAVED, "change rollback", "change flush rollback", "nothing"])
+def test_what_a_route_commits_is_seen_by_the_next_request(ann, caplog, how):
+    how = f"{how} commit" if how in SAVED else how
+    before = ann.api.get("/users/me").json()
+    _, row = ann.api.get(f"/own/write/{how}").json()
+    assert "hashed_password" not in row  # which a table has, and no answer
+    bio = how if "commit" in how else before["bio"]
+    assert ann.api.get("/own/write/nothing").json()[0] == bio
+    assert "is missing" not in caplog.text
 
 
 @sqlite_only
