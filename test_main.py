@@ -488,7 +488,9 @@ async def write_somehow(how: str, me: main.CurrentUser, session: main.WriteSessi
     for end in ("flush", "rollback", "commit"):
         if end in how:
             await getattr(session, end)()
-            await session.exec(sa.text("SELECT 1"))
+            await session.exec(main.select(1))
+    if how == "nothing":
+        await session.exec(sa.text("SELECT 1"))
     return [me.bio, user]
 
 
