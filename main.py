@@ -1469,11 +1469,12 @@ class PostCreate(StrictBody):
 
 
 class PostUpdate(StrictBody):
-    """Only the fields that are sent change. A version that is sent must be the current one."""
+    """Only the fields that are sent change: the defaults are never used. A version that is sent
+    must be the current one."""
 
     model_config = {"json_schema_extra": {"example": {"title": "Bees", "content": "They dance."}}}
 
-    title: Title = Field(default="")  # a default only says that it need not be sent
+    title: Title = Field(default="")
     content: Content = Field(default="")
     version: StrictInt | None = None
 
