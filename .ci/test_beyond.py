@@ -358,7 +358,7 @@ def write_until_killed(service, turn):
 
 def test_kill_9_loses_nothing_that_was_answered(tmp_path):
     acknowledged = set()
-    for turn in range(100 if FULL else 3):
+    for turn in range(100 if FULL else 2):
         with serve(tmp_path) as service:
             usual = service.seconds
             acknowledged |= write_until_killed(service, turn)
