@@ -542,7 +542,9 @@ def test_a_bug_in_a_route_is_500_with_its_traceback_in_the_log_only(client, capl
         assert cause in caplog.text
     caplog.clear()
     client.get("/own/raise/locked")
-    assert "the database is unavailable" in caplog.text
+    client.get("/own/raise/conflict")
+    assert "the database is unavailable: made up" in caplog.text
+    assert "the database refused a write: (builtins.Exception)" in caplog.text
     assert "Traceback" not in caplog.text
 
 
@@ -873,6 +875,11 @@ def test_rate_limit_headers_count_down_to_429(client, monkeypatch, name, rate, s
     assert refused.headers["retry-after"] == f"{seconds}"
     assert refused.headers["access-control-allow-origin"] == ORIGIN["Origin"]
     assert ("ratelimit" in client.get("/posts").headers) == (name == "default")
+
+
+def test_a_limit_is_for_a_second_a_minute_or_an_hour():
+    limits = [main.make_limit("default", f"3/{unit}") for unit in ("second", "minute", "hour")]
+    assert limits == [("default", 3, 1), ("default", 3, 60), ("default", 3, 3_600)]
 
 
 def test_health_verify_docs_and_preflights_are_not_limited(client, url, monkeypatch):

@@ -23,7 +23,7 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
-from itertools import count, permutations, product
+from itertools import count, permutations, product, zip_longest
 from pathlib import Path
 
 import httpx
@@ -749,6 +749,17 @@ def test_uv_is_told_of_the_packages_of_requirements_txt():
     (block,) = re.findall(r"(?s)# dependencies = \[(.+?)# \]", BOOK)
     packages = (ROOT / "requirements.txt").read_text().partition("# tests")[0].split()
     assert sorted(re.findall('"(.+?)"', block)) == sorted(packages)
+
+
+def test_every_setting_and_its_default_stand_in_readme():
+    printed = {}
+    for names, cell in re.findall(r"(?m)^\| ([A-Z_, ]+) \| (.+?) \|", section("Configure it")):
+        defaults = re.findall("`(.+?)`", cell) if cell.startswith("`") else []
+        printed |= dict(zip_longest(names.split(", "), defaults))
+    fields = {name.upper(): field.default for name, field in main.Settings.model_fields.items()}
+    empty = (None, "")
+    defaults = {n: None if d in empty else str(d).lower() for n, d in fields.items()}
+    assert printed == defaults
 
 
 def test_thirty_people_behind_one_address_sign_in_and_listen(tmp_path):
