@@ -321,18 +321,34 @@ def load(tmp_path, monkeypatch):
 
 
 BAD_SETTINGS = """
-    ENVIRONMENT=staging LOG_LEVEL=loud DEMO=maybe HOST=nowhere.example PORT=abc PORT=70000
+    ENVIRONMENT=staging LOG_LEVEL=loud DEMO=maybe HOST=nowhere.example PORT=abc PORT=0 PORT=65536
     DATABASE_URL=hunter2@app.db DATABASE_URL=sqlite:///hunter2.db CACHE_SECONDS=-1
     DATABASE_URL=sqlite+aiosqlite:///:memory: DATABASE_URL=postgresql+asyncpg://u:p@ss:hunter2@h/x
     REDIS_URL=http://:hunter2@localhost REDIS_URL=redis://:hunter2@localhost?db=0
-    CORS_ORIGINS=http://localhost:3000/ RATE_LIMIT=lots
+    CORS_ORIGINS=http://localhost:3000/ RATE_LIMIT=lots CACHE_SECONDS=86401
     AUTH_RATE_LIMIT=0/minute SECRET_KEY=hunter2 ACCESS_TOKEN_EXPIRE_MINUTES=525601
+    ACCESS_TOKEN_EXPIRE_MINUTES=0 REFRESH_TOKEN_EXPIRE_DAYS=0
     REFRESH_TOKEN_EXPIRE_DAYS=3651 BCRYPT_ROUNDS=3 BCRYPT_ROUNDS=17 REGISTRATION=maybe
     FIRST_SUPERUSER_EMAIL=ann@example.com FIRST_SUPERUSER_PASSWORD=hunter2hunter2
     FIRST_SUPERUSER_PASSWORD=hunter2 PUBLIC_URL=hunter2 SMTP_URL=http://u:hunter2@localhost
     MAIL_FROM=nobody ADMIN_EMAIL=nobody SMTP_URL=smtp://u:hunter2@localhost:65536
-    WEB_CONCURRENCY=0 WEB_CONCURRENCY=two FORWARDED_ALLOW_IPS=10.0.0.0/8,proxy
+    WEB_CONCURRENCY=0 WEB_CONCURRENCY=257 WEB_CONCURRENCY=two FORWARDED_ALLOW_IPS=10.0.0.0/8,proxy
 """
+
+
+EXTREMES = {
+    "PORT": ("1", "65535"), "CACHE_SECONDS": ("0", "86400"), "BCRYPT_ROUNDS": ("4", "16"),
+    "ACCESS_TOKEN_EXPIRE_MINUTES": ("1", "525600"), "REFRESH_TOKEN_EXPIRE_DAYS": ("1", "3650"),
+    "WEB_CONCURRENCY": ("1", "256"), "SECRET_KEY": ("x" * 32, "x" * 999),
+}  # fmt: skip
+
+
+def test_settings_may_be_as_low_and_as_high_as_their_rules_say(load):
+    for extreme in (0, 1):
+        settings = load(**{name: values[extreme] for name, values in EXTREMES.items()})
+        for name, values in EXTREMES.items():
+            value = getattr(settings, name.lower())
+            assert (value.decode() if name == "SECRET_KEY" else str(value)) == values[extreme]
 
 
 @pytest.mark.parametrize("setting", BAD_SETTINGS.split())
@@ -561,6 +577,12 @@ def test_sqlite_is_durable_and_its_files_are_private(client):
     modes = {file.name: file.stat().st_mode & 0o777 for file in Path(FOLDER).iterdir()}
     assert modes.keys() == {"test.db", "test.db-wal", "test.db-shm", "test.db.key"}
     assert os.name == "nt" or set(modes.values()) == {0o600}
+
+
+def test_every_foreign_key_has_an_index():  # or deleting a user reads all posts and comments
+    for table in main.SQLModel.metadata.sorted_tables:
+        first_columns = {index.columns[0].name for index in table.indexes}
+        assert {key.parent.name for key in table.foreign_keys} <= first_columns, table
 
 
 def test_the_read_session_and_the_current_user_are_read_only(client, ann):
