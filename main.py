@@ -98,7 +98,7 @@ from pydantic.networks import AnyUrl, IPvAnyAddress, IPvAnyNetwork, UrlConstrain
 from pydantic.types import StrictBool, StrictInt
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy import exc
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.orm.exc import StaleDataError
 from sqlmodel import AutoString, Field, Relationship, Session, SQLModel, col, func, select
 from sqlmodel.ext.asyncio.session import AsyncSession
@@ -554,11 +554,15 @@ async def forget(tables: set[str]) -> None:
 class WritingSession(AsyncSession):
     """Each commit empties what was remembered."""
 
+    async def connection(self, *args: Any, **options: Any) -> AsyncConnection:
+        self.info.setdefault("written", set()).add(ANY_TABLE)  # what it executes is not noted
+        return await super().connection(*args, **options)
+
     async def commit(self) -> None:
         try:
             await super().commit()
         finally:  # a COMMIT that was cut off may have been done nevertheless
-            await forget(self.info.pop("written", {ANY_TABLE}))  # by a connection: not noted
+            await forget(self.info.pop("written", {ANY_TABLE}))
 
     async def close(self) -> None:
         try:

@@ -603,7 +603,15 @@ def test_a_route_without_a_commit_writes_nothing_and_is_named_in_the_log(ann, ca
     assert ann.api.get("/users/me").json() == before
 
 
-SAVED = ["change", "statement", "text", "connection", "post statement", "change savepoint"]
+SAVED = [
+    "change",
+    "statement",
+    "text",
+    "connection",
+    "post connection",
+    "post statement",
+    "change savepoint",
+]
 
 
 @pytest.mark.parametrize("how", [*SAVED, "change rollback", "change flush rollback", "nothing"])
