@@ -564,6 +564,27 @@ def test_a_bug_in_a_route_is_500_with_its_traceback_in_the_log_only(client, capl
     assert "Traceback" not in caplog.text
 
 
+FAULTS = {
+    "sqlite_errorcode": [
+        sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR_READ,
+        sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+    ],
+    "sqlstate": ["08006", "40001", "40P01", "53300", "55P03", "57014", "58030"],
+}  # fmt: skip
+BUGS = {
+    "sqlite_errorcode": [sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT],
+    "sqlstate": ["42703", "22001"],
+}
+
+
+@pytest.mark.parametrize(("codes", "expected"), [(FAULTS, True), (BUGS, False)])
+def test_locks_lost_connections_and_full_disks_are_no_bugs(codes, expected):
+    for field, values in codes.items():
+        for code in values:
+            error = exc.OperationalError("made up", {}, SimpleNamespace(**{field: code}))
+            assert main.is_unavailable(error) == expected, code
+
+
 # --- Database -------------------------------------------------------------------------------------
 
 
@@ -759,7 +780,7 @@ def test_every_response_has_an_id_a_time_and_nosniff(client, url, call):
     answer = client.request(method, url + path, headers=PREFLIGHT)
     assert answer.status_code == (404 if method == "PUT" else 200)
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", answer.headers["x-request-id"])
-    assert re.fullmatch(r"\d+\.\d{4}", answer.headers["x-process-time"])
+    assert re.fullmatch(r"\d\.\d{4}", answer.headers["x-process-time"])
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
