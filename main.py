@@ -523,18 +523,22 @@ class Memory:
         self.bytes += size
 
 
+def note_tables(info: dict[Any, Any], *tables: str) -> None:
+    """A session knows which tables it has written to."""
+    info.setdefault("written", set()).update(tables)
+
+
 @sa.event.listens_for(Session, "after_flush")
 def note_rows(session: Session, _: Any) -> None:
-    """A session knows which tables it has written to."""
     rows = (*session.new, *session.dirty, *session.deleted)
-    session.info.setdefault("written", set()).update(row.__tablename__ for row in rows)
+    note_tables(session.info, *(row.__tablename__ for row in rows))
     session.info["is_unsaved"] = True
 
 
 @sa.event.listens_for(Session, "do_orm_execute")
 def note_statement(state: Any) -> None:
     if not state.is_select:
-        state.session.info.setdefault("written", set()).add(ANY_TABLE)
+        note_tables(state.session.info, ANY_TABLE)
         if not isinstance(state.statement, sa.TextClause):  # which may only read
             state.session.info["is_unsaved"] = True
 
@@ -555,7 +559,7 @@ class WritingSession(AsyncSession):
     """Each commit empties what was remembered."""
 
     async def connection(self, *args: Any, **options: Any) -> AsyncConnection:
-        self.info.setdefault("written", set()).add(ANY_TABLE)  # what it executes is not noted
+        note_tables(self.info, ANY_TABLE)  # what it executes is not noted
         return await super().connection(*args, **options)
 
     async def commit(self) -> None:
@@ -2856,9 +2860,9 @@ async def fill_demo() -> AsyncIterator[None]:
     async with prepare_database() as session:
         people = {}
         for account in demo_accounts:
+            name = account["name"]
             person = User(email=account["email"], hashed_password=hashed_password)
-            names = {"first_name": account["name"], "role": account["role"]}
-            people[account["name"]] = person.sqlmodel_update(names)
+            people[name] = person.sqlmodel_update({"first_name": name, "role": account["role"]})
         session.add_all(people.values())
         await session.flush()
         for number, line in enumerate(lines, 1):
@@ -3009,7 +3013,7 @@ const actions = {  // of each form: its fields, and the value of the button that
     await actions.login(fields, { username: fields.email, password: fields.password });
   },
   write: (fields, publish) => call("POST", "/posts", { ...fields, is_published: !!publish })
-    .then(({ id }) => history.pushState(null, "", `#${shown = id}`)),
+    .then(({ id }) => { shown = id; history.pushState(null, "", `#${id}`); }),
   change: (_, publish) => call(publish ? "POST" : "DELETE", `/posts/${post?.id}${publish}`),
   comment: (fields) => call("POST", `/posts/${post?.id}/comments`, fields),
   uncomment: (_, id) => call("DELETE", `/comments/${id}`),
@@ -3051,7 +3055,7 @@ function hear({ type, data }) {
 function listen() {
   stream = new EventSource("api/v1/events");
   for (const kind of KINDS.split(" ")) stream.addEventListener(kind, hear);
-  stream.onopen = () => load();
+  stream.onopen = load;
   stream.onerror = () => { tell(); if (stream.readyState === 2) setTimeout(listen, 3000); };
 }
 listen();

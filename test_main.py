@@ -2294,6 +2294,7 @@ def test_the_start_prints_its_addresses_and_folder(development):
     assert main.find_spec("opentelemetry.sdk") or "fastapi[opentelemetry]" in log
 
 
+PORT_TAKEN = r"PORT: \d+ is in use\. Stop what runs there, or set another PORT\n"
 FAILING_STARTS = [
     ("uvicorn main:app", {"PORT": "abc", "DEMO": "maybe"}, "DEMO: .*\nPORT: .*\n"),
     (
@@ -2312,8 +2313,8 @@ FAILING_STARTS = [
         "(?s).*Traceback .*/nowhere/a.db.*",
     ),
     ("main", {"HOST": "203.0.113.1"}, r"HOST, PORT: .*assign.*\n"),  # not of this machine
-    ("main", {}, r"PORT: \d+ is in use\..*\n"),  # by the server of these tests
-    ("main", {"HOST": "localhost"}, r"PORT: \d+ is in use\..*\n"),
+    ("main", {}, PORT_TAKEN),  # by the server of these tests
+    ("main", {"HOST": "localhost"}, PORT_TAKEN),
 ]
 
 
