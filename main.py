@@ -273,8 +273,10 @@ settings = load_settings()
 logger = logging.getLogger("nutshell")
 log_handler = logging.StreamHandler()
 UVICORN_SAYS_TOO_MUCH = (
-    *('%s - "WebSocket', "connection ", "Invalid UTF-8"),  # with a query in it
-    "ASGI callable returned without completing handshake",  # of each WebSocket that is refused
+    '%s - "WebSocket',  # with its query
+    "connection ",
+    "Invalid UTF-8",
+    "ASGI callable returned without completing handshake",  # for each WebSocket that is refused
 )
 
 
@@ -975,7 +977,7 @@ class WindowStore:
         self.turn = 0.0
 
     async def hit(self, key: str, seconds: int) -> tuple[int, float]:
-        """Counts one more: how many so far, and the seconds until the window ends."""
+        """Counts one request: how many so far, and the seconds until the window ends."""
         now = perf_counter()
         if now >= self.turn or len(self.new) >= MAX_WINDOWS:
             self.old = self.new
@@ -994,7 +996,7 @@ class Limiter:
         self.store = WindowStore()
 
     async def check(self, limit: Limit | None, key: str, state: dict[str, Any]) -> None:
-        """Counts a request, tells the client where it stands, and refuses what is too much."""
+        """Counts a request, sets the headers, and refuses what is over the limit."""
         if limit is None:
             return
         name, quota, seconds = limit
@@ -1175,7 +1177,7 @@ class Author(SQLModel):
 
 
 class UserPublic(Author):
-    """What everybody who is signed in may see of a user."""
+    """What signed-in users may see of each other."""
 
     bio: Bio
     avatar_url: AvatarUrl
@@ -1308,7 +1310,7 @@ async def commit_user(session: AsyncSession) -> None:
 
 
 async def limit_email(email: str, request: Request) -> str:
-    """Counts one more guess of this account's password. The digest is what the log shows of it."""
+    """Counts one guess of this account's password. Returns the email's digest, for the log."""
     digest = hashlib.sha256(email.encode()).hexdigest()[:16]
     await limiter.check(EMAIL_LIMIT, digest, request.scope["state"])
     return digest
@@ -1368,7 +1370,7 @@ async def open_login_session(session: AsyncSession, user: User) -> LoginSession:
 
 
 def create_tokens(login_session: LoginSession, response: Response) -> Token:
-    """The refresh token follows from the row alone: two who ask at once get the same one."""
+    """The refresh token follows from the row alone: two requests at once get the same one."""
     response.headers["Cache-Control"] = "no-store"
     row = login_session
     now = utc_now()
@@ -1822,7 +1824,7 @@ app.include_router(comments)
 
 # --- Users ----------------------------------------------------------------------------------------
 # What people do with their own account, and admins with all of them. `{user}` in a path is an id or
-# `me`. Nobody changes their own role: so an admin always remains.
+# `me`. Admins cannot change their own role, so one always remains.
 
 
 def require_role(role: Role) -> Callable[[UserRead], Awaitable[UserRead]]:
@@ -1900,7 +1902,7 @@ async def find_user(session: AsyncSession, user_id: int, lock: bool = False) -> 
 async def check_current_password(
     me: UserRead, password: str, request: Request, session: AsyncSession
 ) -> str:
-    """Counts by email as a login does, since it is one more way to guess. Returns the hash."""
+    """Counts by email, as a login does: it is another way to guess. Returns the hash."""
     await limit_email(me.email, request)
     row = await session.get(User, me.id)
     await session.close()
@@ -1915,7 +1917,7 @@ def check_may_change_role(sent: set[str], user_id: int, me: UserRead) -> None:
     if not me.is_superuser:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only admins change role and is_active")
     if user_id == me.id:
-        raise APIError("CONFLICT", "Nobody changes their own role, so that an admin remains")
+        raise APIError("CONFLICT", "You cannot change your own role, so that an admin remains")
 
 
 users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
@@ -1997,7 +1999,7 @@ async def update_user(
 async def delete_user(user_id: UserId, me: Superuser, session: WriteSession) -> None:
     """Delete a user and everything that is theirs."""
     if user_id == me.id:
-        raise APIError("CONFLICT", "Nobody deletes themselves, so that an admin remains")
+        raise APIError("CONFLICT", "You cannot delete yourself, so that an admin remains")
     await check_still_superuser(session, me)
     user = await find_user(session, user_id)
     statement = sa.delete(Post).where(col(Post.author_id) == user_id)
@@ -2033,7 +2035,7 @@ app.include_router(users)
 
 
 # --- Cache ----------------------------------------------------------------------------------------
-# What anybody may read comes from memory, ready as it was sent before, until the next commit.
+# Anonymous answers come from memory, ready as they were sent before, until the next commit.
 
 answers = Memory()
 
@@ -2097,7 +2099,7 @@ app.user_middleware.append(Middleware(CacheMiddleware))
 
 # --- Live events ----------------------------------------------------------------------------------
 # What happens to published posts, as a stream. The hub is a log of the last events that each
-# listener follows at its own pace: there are no queues, and a slow client delays nobody.
+# listener follows at its own pace: there are no queues, and a slow client does not delay others.
 
 MAX_LISTENERS = 1_000
 MAX_LISTENERS_OF_CLIENT = 60
@@ -2127,15 +2129,15 @@ class EventHub:
     def reset(self) -> None:
         self.run = secrets.token_hex(4)
         self.position = 1  # the number that the next event gets
-        # Never empty: the first entry gives an id to whoever listens before anything happens.
+        # Never empty: the first entry gives an id to clients that listen before anything happens.
         self.log = deque([Event(f"{self.run}-0", "reset", 0, "{}")], maxlen=MAX_BEHIND)
         self.changed = asyncio.Event()
 
     async def add(self, kind: str, post_id: int, data: str, event_id: str | None = None) -> None:
         self.log.append(Event(event_id or f"{self.run}-{self.position}", kind, post_id, data))
         self.position += 1
-        self.changed.set()  # wakes those who wait now
-        self.changed = asyncio.Event()  # for those who wait from now on
+        self.changed.set()  # wakes the listeners that wait now
+        self.changed = asyncio.Event()  # for those that wait from now on
 
     def position_after(self, event_id: str) -> int:
         """-1 if this id is unknown or too old."""
@@ -2602,8 +2604,8 @@ async def forgot_password(
     statement = select(User).where(User.email == body.email, User.is_active)
     found = (await session.exec(statement)).first()
     # The same work where there is no account, or the time would tell.
-    nobody = User(id=0, email="", hashed_password=DECOY_HASH)
-    background.add_task(announce_link, found or nobody)
+    decoy = User(id=0, email="", hashed_password=DECOY_HASH)
+    background.add_task(announce_link, found or decoy)
 
 
 @passwords.post(f"{API}/auth/reset-password", status_code=204, responses=errors(401))

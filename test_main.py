@@ -1071,6 +1071,13 @@ def test_register_returns_the_new_user(client):
     assert user == names | profile | {"role": "user", "is_superuser": False, "is_active": True}
 
 
+def test_of_50_registrations_of_one_email_one_succeeds(client):
+    body = {"email": "one@example.com", "password": PASSWORD}
+    answers = at_once(50, lambda _: client.post("/auth/register", json=body))
+    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 49
+    assert {answer.json().get("error_code") for answer in answers} == {None, "EMAIL_TAKEN"}
+
+
 def test_a_failed_login_does_not_reveal_the_reason(client, admin, monkeypatch, caplog):
     assert main.DECOY_HASH.startswith("$2b$04$")  # costs what BCRYPT_ROUNDS says
     monkeypatch.setattr(main, "DECOY_HASH", main.DECOY_HASH.replace("$04$", "$10$"))
@@ -1815,12 +1822,15 @@ def test_a_connection_is_closed_when_its_access_ends(url, client, ann, ben, admi
 
 
 # --- Mail -----------------------------------------------------------------------------------------
-# Mails by STARTTLS and smtps belong into .ci/test_beyond.py, since they need a certificate.
+# Mails by STARTTLS and smtps are in .ci/test_beyond.py, since they need a certificate.
 
 
 class MailHandler(socketserver.StreamRequestHandler):
-    def handle(self):  # as much of SMTP as smtplib needs
+    def setup(self):
+        super().setup()
         self.wfile.write(b"220 hello\r\n")
+
+    def handle(self):  # as much of SMTP as smtplib needs
         for line in self.rfile:
             self.server.heard.append(line)
             if line == b"data\r\n":
@@ -1828,7 +1838,8 @@ class MailHandler(socketserver.StreamRequestHandler):
                 mail = b"".join(iter(self.rfile.readline, b".\r\n"))
                 time.sleep(self.server.seconds)
                 self.server.mails.append(message_from_bytes(mail, policy=policy.default))
-            self.wfile.write(b"250-fine\r\n250 AUTH PLAIN\r\n")
+            is_login = line.startswith(b"AUTH")
+            self.wfile.write(b"235 fine\r\n" if is_login else b"250-fine\r\n250 AUTH PLAIN\r\n")
 
 
 @pytest.fixture

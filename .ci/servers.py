@@ -1,4 +1,4 @@
-"""What the tests of test_beyond.py start: services, databases, proxies, a browser; and measures."""
+"""What the tests beside this file share: README, services, databases, proxies, a browser."""
 # ruff: noqa: S101, S603
 
 import hashlib
@@ -31,6 +31,17 @@ ROOT = Path(test_main.__file__).parent
 MAIN = [sys.executable, str(ROOT / "main.py")]
 UVICORN = [sys.executable, "-m", "uvicorn"]
 KEY = "a key of at least 32 bytes for tests"
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind, text):
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def in_readme(kind, word=""):
+    """The block of README that is of this kind and has this word."""
+    (block,) = (block for block in blocks(kind, README) if word in block)
+    return block
 
 
 def is_listening(port):

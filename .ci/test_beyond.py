@@ -3,9 +3,10 @@
 .ci/run starts these tests, as root on Linux. One that lacks something is skipped and says what.
 FULL=1 in the environment runs all rounds. What measures time stands at the end.
 """
-# ruff: noqa: E402, I001
+# ruff: noqa: I001
 
 import asyncio
+import base64
 import html
 import json
 import os
@@ -13,7 +14,9 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
+import ssl
 import statistics
 import subprocess
 import sys
@@ -23,27 +26,22 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from http.client import HTTPConnection
 from http.server import ThreadingHTTPServer
-from itertools import count, permutations, product, zip_longest
+from itertools import product
 from pathlib import Path
 
 import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # where main.py is
-pytest.register_assert_rewrite("test_main", "servers")
-
 import main
-import test_main
-from test_main import PASSWORD, as_person, assert_error, at_once, enter_room, is_healthy, listen
-from test_main import free_port, sign_up, wait_until, write_comment, write_post
-from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, Redis, environment, is_listening
-from servers import megabytes, patience, requests_per_second, run_caddy, run_chromium, run_nginx
-from servers import send_raw, serve, time_of, times_of_reads
+from test_main import PASSWORD, MailHandler, as_person, assert_error, at_once, enter_room, listen
+from test_main import free_port, is_healthy, sign_up, try_login, wait_until, write_comment
+from test_main import write_post
+from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, Redis, environment, in_readme
+from servers import is_listening, megabytes, patience, requests_per_second, run_caddy
+from servers import run_chromium, run_nginx, send_raw, serve, time_of, times_of_reads
 
 FULL = os.environ.get("FULL") == "1"
-README = (ROOT / "README.md").read_text()
-BOOK = (ROOT / "main.py").read_text()
 ADMIN = {"FIRST_SUPERUSER_EMAIL": "admin@example.com", "FIRST_SUPERUSER_PASSWORD": PASSWORD}
 POST = {"title": "Bees", "content": "They hum.", "is_published": True}
 STOPPED = (0, -signal.SIGTERM)  # uvicorn ends by the signal that has stopped it
@@ -51,27 +49,11 @@ STOPPED = (0, -signal.SIGTERM)  # uvicorn ends by the signal that has stopped it
 # --- Helpers --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def _close_clients():
-    yield
-    test_main.open_clients.close()
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     with serve(tmp_path_factory.mktemp("service"), LOG_LEVEL="warning", **ADMIN) as service:
         yield service
         assert "Traceback" not in service.log()
-
-
-def blocks(kind, text):
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def in_readme(kind, word=""):
-    """The block of README that is of this kind and has this word."""
-    (block,) = (block for block in blocks(kind, README) if word in block)
-    return block
 
 
 def need(program):
@@ -336,36 +318,46 @@ def test_four_processes_start_on_one_empty_database(tmp_path, request, database,
             assert "Traceback" not in service.log()
 
 
-def write_until_killed(service, turn):
-    """The titles of all posts that were acknowledged by a service that is killed meanwhile."""
+def write_until_killed(service, seconds, kept, gone, comments, emails):
+    """Notes what was acknowledged by a service that is killed after these seconds."""
     ann = sign_up(service.client)
 
-    def write(number):
-        titles = []
-        with suppress(httpx.TransportError):
-            for title in (f"{turn} {number} {post}" for post in count()):
-                answer = ann.api.post("/posts", json=POST | {"title": title})
-                assert answer.status_code == 201
-                titles.append(title)
-        return titles
+    def write(_):
+        while service.process.poll() is None:
+            with suppress(httpx.TransportError):
+                post, doomed = (write_post(ann)["id"] for _ in range(2))
+                kept[post] = 1
+                comments.add(write_comment(ann, post)["id"])
+                changed = ann.api.patch(f"/posts/{post}", json={"title": "New"})
+                kept[post] = changed.json()["version"]
+                emails.add(sign_up(service.client).email)
+                assert ann.api.delete(f"/posts/{doomed}").status_code == 204
+                gone.add(doomed)
+                assert service.client.get("/posts").json()["total"] >= 1
 
     with ThreadPoolExecutor(5) as pool:
         writers = pool.map(write, range(5))
-        time.sleep(0.5 + turn % 17 / 20)
+        time.sleep(seconds)
         service.process.kill()
-    return {title for titles in writers for title in titles}
+    list(writers)
 
 
 def test_kill_9_loses_nothing_that_was_answered(tmp_path):
-    acknowledged = set()
+    kept, gone, comments, emails = {}, set(), set(), set()
     for turn in range(100 if FULL else 2):
         with serve(tmp_path) as service:
             usual = service.seconds
-            acknowledged |= write_until_killed(service, turn)
+            write_until_killed(service, 0.5 + turn % 17 / 20, kept, gone, comments, emails)
         with serve(tmp_path) as service:
             assert not FULL or service.seconds < max(2, 2 * usual)  # at once
             assert service.sql("PRAGMA integrity_check") == [("ok",)]
-            assert {title for (title,) in service.sql("SELECT title FROM post")} >= acknowledged
+            assert service.sql("PRAGMA foreign_key_check") == []
+            versions = dict(service.sql("SELECT id, version FROM post"))
+            assert all(versions.get(post, 0) >= version for post, version in kept.items())
+            assert not gone & versions.keys()
+            assert comments <= {number for (number,) in service.sql("SELECT id FROM comment")}
+            assert emails <= {email for (email,) in service.sql("SELECT email FROM user")}
+    assert min(len(kept), len(gone), len(comments), len(emails)) > 5
 
 
 def test_sigterm_lets_a_request_finish_and_ends_all_else(tmp_path):
@@ -476,6 +468,66 @@ def test_behind_a_trusted_proxy_clients_are_counted_by_their_own_address(tmp_pat
         assert [ask("192.0.2.1") for _ in range(6)] == 5 * [200] + [429]
         assert ask("192.0.2.2") == 200
         assert ask("192.0.2.2, 192.0.2.1") == 429  # the one on the right met the proxy
+
+
+# --- Mail -----------------------------------------------------------------------------------------
+
+
+class TLSMailHandler(MailHandler):
+    """All of it is encrypted, or what follows STARTTLS."""
+
+    def setup(self):
+        if self.server.starttls:
+            super().setup()
+            for answer in (b"250-fine\r\n250 STARTTLS\r\n", b"220 go on\r\n"):
+                self.rfile.readline()
+                self.wfile.write(answer)
+        self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+        if self.server.starttls:
+            socketserver.StreamRequestHandler.setup(self)  # without another greeting
+        else:
+            super().setup()
+
+    def finish(self):
+        super().finish()
+        self.request.close()
+
+
+@pytest.fixture(params=["smtp", "smtps"])
+def tls_mail_server(request, tmp_path):
+    need("openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), TLSMailHandler) as server:
+        server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.tls.load_cert_chain(certificate, key)
+        server.starttls = request.param == "smtp"
+        server.seconds, server.heard, server.mails = 0, [], []
+        server.handle_error = lambda *_: None  # a client that does not trust it hangs up
+        server.certificate = str(certificate)
+        server.url = f"{request.param}://us:hunter2@localhost:{server.server_address[1]}"
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(server.serve_forever, 0.01)
+            yield server
+            server.shutdown()
+
+
+def test_mails_and_their_password_are_sent_to_a_server_that_is_trusted_alone(
+    tls_mail_server, tmp_path
+):
+    settings = {"SMTP_URL": tls_mail_server.url, "SSL_CERT_FILE": tls_mail_server.certificate}
+    with serve(tmp_path / "stranger", SMTP_URL=tls_mail_server.url) as service:
+        sign_up(service.client)
+        wait_until(lambda: "mail not sent: SSLCertVerificationError" in service.log())
+    assert tls_mail_server.heard == []
+    with serve(tmp_path / "friend", **settings) as service:
+        ann = sign_up(service.client)
+        (mail,) = wait_until(lambda: tls_mail_server.mails)
+        assert mail["To"] == ann.email
+    login = base64.b64encode(b"\0us\0hunter2")
+    assert b"AUTH PLAIN " + login + b"\r\n" in tls_mail_server.heard
 
 
 # --- Proxies --------------------------------------------------------------------------------------
@@ -635,7 +687,7 @@ def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, 
         settings = request.getfixturevalue("postgres").settings("alembic")
     with serve(tmp_path, **settings) as service:
         ann = sign_up(service.client)
-    before, age, after = BOOK.partition("    age: Age = None\n")
+    before, age, after = Path(main.__file__).read_text().partition("    age: Age = None\n")
     (tmp_path / "main.py").write_text(f"{before}{age}    nickname: Name = None\n{after}")
     env = environment(**settings, PYTHONPATH="")
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
@@ -653,219 +705,6 @@ def test_alembic_adds_a_column_as_readme_shows_and_finds_nothing_else(tmp_path, 
     with serve(tmp_path, sys.executable, "main.py", **settings, PYTHONPATH="") as service:
         me = service.client.patch("/users/me", json={"nickname": "Bee"}, headers=ann.api.headers)
         assert me.status_code == 200
-
-
-# --- Chapters -------------------------------------------------------------------------------------
-
-CHAPTERS = re.split(r"^(?=# --- .+ ---+$)", BOOK, flags=re.MULTILINE)
-NAMES = [re.match(r"(?:# --- (.+?) -+\n)?", chapter)[1] for chapter in CHAPTERS]
-
-
-LAST = ["Application", "Accounts", "Comments", "Cache", "The gate", "python main.py"]
-LAST = NAMES[NAMES.index("Application") :] if FULL else LAST
-GONE = [{"Docs"}, {"Cache"}, {"Live events", "Rooms"}, {"Mail"}, {"Demo"}, {"The page"}, {"Redis"}]
-GONE += [{"Forgotten passwords"}, {"The gate", "Forgotten passwords"}]
-if not FULL:  # several at once
-    GONE = [set().union(*GONE[0::2]), set().union(*GONE[1::2])]
-PATHS = {"Docs": "/docs", "Live events": "/api/v1/events", "The page": "/"}
-PATHS |= {"The gate": "/sign-in", "Forgotten passwords": "/forgot-password"}
-
-
-@pytest.mark.parametrize(
-    "left",
-    [pytest.param(NAMES[: NAMES.index(name) + 1], id=f"up to {name}") for name in LAST]
-    + [pytest.param([n for n in NAMES if n not in gone], id=f"without {gone}") for gone in GONE],
-)
-def test_chapters_may_be_cut_off_or_taken_out(tmp_path, left):
-    texts = [text for name, text in zip(NAMES, CHAPTERS, strict=True) if name in left]
-    (tmp_path / "left.py").write_text("".join(texts))
-    with serve(tmp_path, *UVICORN, "left:app", PYTHONPATH=str(tmp_path)) as service:
-        assert httpx.get(f"{service.url}/openapi.json").json()["info"]["title"] == "Nutshell"
-        for name, path in PATHS.items():
-            with httpx.stream("GET", service.url + path, headers={"Accept": "text/html"}) as answer:
-                assert answer.status_code == (200 if name in left else 404)
-        if "Accounts" in left:
-            ann = sign_up(service.client)
-        if "Posts" in left:
-            post = write_post(ann)
-            answers = [service.client.get("/posts") for _ in range(2)]
-            assert [answer.json()["items"] for answer in answers] == 2 * [[post]]
-            assert answers[1].headers.get("x-cache") == ("hit" if "Cache" in left else None)
-        if "Comments" in left:
-            assert write_comment(ann, post["id"])["post_id"] == post["id"]
-        assert ("--- Mail to" in service.log()) == ("Mail" in left)
-        assert "Traceback" not in service.log()
-
-
-# --- README ---------------------------------------------------------------------------------------
-
-
-def section(title):
-    return re.search(rf"(?ms)^## {title}\n(.*?)(?=^## |\Z)", README)[1]
-
-
-VARYING = r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{16}|[0-9a-f]{8}-\d+"  # times and ids
-MAIN_FILES = ("main.py", "test_main.py", ".pytest.ini", "requirements.txt")
-
-
-def copy_of_main(folder):
-    for name in MAIN_FILES:
-        shutil.copy(ROOT / name, folder)
-
-
-def test_the_tour_works_as_it_is_printed(tmp_path):
-    tour = section("A tour")
-    script = "".join(blocks("sh", tour))
-    assert not re.search("--json|--fail-with-body", script)  # curl 7.74 does not know these
-    with serve(tmp_path) as service:
-        script = script.replace("http://localhost:8000", service.url)
-        shell = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    said = re.sub(VARYING, "…", shell.stdout)
-    for text in blocks(r"(?!sh)\w+", tour):
-        assert re.sub(VARYING, "…", text) in said, (text, shell)
-    assert said.count('"access_token"') == 1
-    assert '"bio":"I keep bees."' in said
-    assert '"total":1,' in said
-    assert "\n204\n" in said
-    assert said.endswith('"error_code": "INVALID_TOKEN", "request_id": "…"}\n')
-
-
-def test_own_routes_and_their_tests_work_as_printed(tmp_path):
-    copy_of_main(tmp_path)
-    for name in ("mine", "test_mine", "test_client"):
-        text = in_readme("python", f"# {name}.py:")
-        (tmp_path / f"{name}.py").write_text(text)
-        command = re.match("# .+?: (.+)", text)[1].replace(".venv/bin/python", sys.executable)
-        if name != "mine":
-            env = environment(PYTHONPATH="")
-            shell = ["sh", "-c", command]
-            done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True)
-            assert b"1 passed" in done.stdout, done.stdout
-    with serve(tmp_path, *UVICORN, "mine:app", PYTHONPATH=str(tmp_path)) as service:
-        assert sign_up(service.client).api.get("/mine/drafts").json() == 0
-
-
-def test_uv_is_told_of_the_packages_of_requirements_txt():
-    (block,) = re.findall(r"(?s)# dependencies = \[(.+?)# \]", BOOK)
-    packages = (ROOT / "requirements.txt").read_text().partition("# tests")[0].split()
-    assert sorted(re.findall('"(.+?)"', block)) == sorted(packages)
-
-
-def test_every_setting_and_its_default_stand_in_readme():
-    printed = {}
-    for names, cell in re.findall(r"(?m)^\| ([A-Z_, ]+) \| (.+?) \|", section("Configure it")):
-        defaults = re.findall("`(.+?)`", cell) if cell.startswith("`") else []
-        printed |= dict(zip_longest(names.split(", "), defaults))
-    fields = {name.upper(): field.default for name, field in main.Settings.model_fields.items()}
-    empty = (None, "")
-    defaults = {n: None if d in empty else str(d).lower() for n, d in fields.items()}
-    assert printed == defaults
-
-
-def test_thirty_people_behind_one_address_sign_in_and_listen(tmp_path):
-    command = re.search(r"(?m)^((?:\w+=\S+ )+)\S+python main.py$", section("Teach with it"))[1]
-    settings = dict(setting.split("=") for setting in command.split())
-    limits = {"RATE_LIMIT": "600/minute", "AUTH_RATE_LIMIT": "30/minute"}  # where it says nothing
-    with serve(tmp_path, **limits | settings) as service:
-        people = at_once(30, lambda _: sign_up(service.client))
-        with ExitStack() as stack:
-            hearing = [stack.enter_context(listen(person.api)) for person in people]
-            write_post(people[0])
-            for listener in hearing:
-                assert listener.wait(1)[0][0] == "post.published"
-
-
-@pytest.mark.skipif(not FULL, reason="it installs all packages twice, from the network")
-def test_without_a_network_it_is_installed_and_without_an_environment_uv_runs_it(tmp_path):
-    copy_of_main(tmp_path)
-    shell = partial(subprocess.run, cwd=tmp_path, check=True, timeout=600)
-    shell(["sh", "-euc", in_readme("sh", "pip download")])
-    shell(["unshare", "--net", "sh", "-euc", in_readme("sh", "--no-index")])
-    python = str(tmp_path / ".venv/bin/python")
-    with serve(tmp_path, python, "main.py", DEMO="true", PYTHONPATH="") as service:
-        assert httpx.get(f"{service.url}/docs/swagger-ui-bundle.js").status_code == 200
-    shell([python, "-m", "pip", "install", "-q", "uv"])
-    (tmp_path / "lone").mkdir()
-    shutil.copy(ROOT / "main.py", tmp_path / "lone")
-    uv = [str(tmp_path / ".venv/bin/uv"), "run", "main.py"]
-    with serve(tmp_path / "lone", *uv, PYTHONPATH="") as service:
-        assert service.client.get("/posts").json()["total"] == 0
-
-
-# --- Workshop -------------------------------------------------------------------------------------
-
-STUDENTS = (ROOT / ".ci" / "workshop.md").read_text()
-FIRST_PART, REST = re.split("(?m)^(?=# --- Users -)", BOOK)
-
-
-def change(text, *diffs):
-    """main.py after these changes. Each stands in a diff below a line that begins with @@."""
-    for diff in diffs:
-        for part in re.split("(?m)^@@.*\n", diff)[1:]:
-            lines = part.splitlines(keepends=True)
-            old = "".join(line[1:] for line in lines if line[0] in " -")
-            assert text.count(old) == 1, f"it is not there, or not only once:\n{old}"
-            text = text.replace(old, "".join(line[1:] for line in lines if line[0] in " +"))
-    return text
-
-
-EXERCISES = blocks("python", section("Teach with it"))
-SOLUTIONS = blocks("diff", section("Teach with it"))
-TUTORIAL, *HALVES = blocks("diff", STUDENTS)
-PRINTED = [re.search(r"def (test_\w+)", exercise)[1] for exercise in EXERCISES]
-MISSING = {  # what pytest says at the end of its lines before the exercise
-    "subtitle": '"subtitle".*"msg": "Extra inputs are not permitted"',
-    "title": r"assert \('giraffe', \d+, \d+\) == \('giraffe', 0, 0\)",
-    "owner": "assert 405 == 401$",
-    "minute": "assert 201 == 429$",
-    "joined": "assert 'post.published' == 'user.joined'",
-}
-
-
-def run_exercises(folder, main_py, *names):
-    """Runs these tests, with the printed ones at the end of test_main.py; all if none is named.
-    Returns why they failed, by name."""
-    copy_of_main(folder)
-    (folder / "main.py").write_text(main_py)
-    with (folder / "test_main.py").open("a") as tests:
-        tests.write("\n\n".join(["", *EXERCISES]))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", " or ".join(names)]
-    env = environment(PYTHONPATH="", COLUMNS="10000")
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    print(done.stdout)
-    failed = dict(re.findall(r"(?m)^FAILED test_main.py::(\S+) - (.*)", done.stdout))
-    assert done.returncode == bool(failed), done.stdout + done.stderr
-    return failed
-
-
-def test_before_the_workshop_each_exercise_fails_for_what_is_missing(tmp_path):
-    failed = run_exercises(tmp_path, BOOK, *PRINTED)
-    assert failed.keys() == set(PRINTED)
-    for name, (word, reason) in zip(PRINTED, MISSING.items(), strict=True):
-        assert word in name
-        assert re.search(reason, failed[name]), failed[name]
-
-
-def test_the_workshop_builds_on_the_first_part_and_then_adds_the_rest(tmp_path):
-    *before, last = SOLUTIONS
-    first_part = change(FIRST_PART, *before)
-    assert run_exercises(tmp_path, first_part, *PRINTED[:4]) == {}
-    book = change(first_part + REST, last)
-    for order in permutations(SOLUTIONS):
-        assert change(BOOK, *order) == book
-    assert run_exercises(tmp_path, book) == {}
-
-
-def test_what_the_tutorial_teaches_is_enough_for_the_workshop(tmp_path):
-    names = [] if FULL else PRINTED
-    assert run_exercises(tmp_path, change(BOOK, TUTORIAL), *names) == {}
-
-
-@pytest.mark.parametrize("number", range(len(HALVES)))
-def test_half_of_a_solution_fails_in_the_workshop(tmp_path, number):
-    failed = run_exercises(tmp_path, change(BOOK, *SOLUTIONS, HALVES[number]), *PRINTED)
-    assert failed.keys() == set(PRINTED)
 
 
 # --- In a browser ---------------------------------------------------------------------------------
@@ -1231,6 +1070,20 @@ def test_50_logins_at_once_delay_no_reader(tmp_path):
         found = {connection.recv(100).split()[1] for connection in connections}
         assert found <= {b"200", b"429", b"503"}
     assert p99 < 0.1 * max(usual, patience())
+
+
+def test_a_login_takes_as_long_for_any_email(tmp_path):
+    with serve(tmp_path, BCRYPT_ROUNDS="11", **ADMIN) as service:
+        admin = as_person(service.client, "admin@example.com")
+        ann, ben = sign_up(service.client), sign_up(service.client)
+        admin.api.patch(f"/users/{ben.id}", json={"is_active": False})
+        times = {email: [] for email in (ann.email, ben.email, "unknown@example.com")}
+        for _ in range(30):
+            for email, taken in times.items():
+                password = PASSWORD if email == ben.email else "wrong one"
+                taken.append(time_of(partial(try_login, service.client, email, password)))
+    medians = [statistics.median(taken) for taken in times.values()]
+    assert max(medians) < 1.1 * min(medians)
 
 
 def test_a_mebibyte_of_ampersands_is_refused_at_once(service):
