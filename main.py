@@ -96,7 +96,7 @@ from pydantic.functional_validators import field_validator, model_validator
 from pydantic.json_schema import Examples
 from pydantic.networks import AnyUrl, IPvAnyAddress, IPvAnyNetwork, UrlConstraints
 from pydantic.types import StrictBool, StrictInt
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.orm.exc import StaleDataError
@@ -253,6 +253,8 @@ def load_settings() -> Settings:
         return Settings()
     except UnicodeDecodeError:
         print(".env: must be UTF-8", file=sys.stderr)
+    except SettingsError as error:  # a secret file that cannot be read
+        print(error, file=sys.stderr)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for problem in error.errors():
@@ -322,7 +324,8 @@ ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 STATUS_NAMES = {status.value: status.name for status in HTTPStatus}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 SQLITE_UNAVAILABLE = {5, 6, 10, 13, 14}  # busy, locked, I/O error, disk full, cannot open
-POSTGRES_UNAVAILABLE = {"08", "40", "53", "55", "57", "58"}  # classes of SQLSTATE
+# How its SQLSTATE begins: among them no access, no such database, and read-only (25006).
+POSTGRES_UNAVAILABLE = ("08", "25006", "28", "3D", "40", "53", "55", "57", "58")
 
 
 class APIError(HTTPException):
@@ -373,12 +376,14 @@ async def handle_validation_error(request: HTTPConnection, error: Any) -> Respon
 
 def is_unavailable(error: Any) -> bool:
     """True for a lock, a lost connection or a full disk; False for a bug, such as wrong SQL."""
-    if isinstance(error, exc.TimeoutError) or getattr(error, "connection_invalidated", False):
+    if isinstance(error, (exc.TimeoutError, TimeoutError)):
+        return True
+    if getattr(error, "connection_invalidated", False):
         return True
     original = getattr(error, "orig", error)
     sqlite_code = getattr(original, "sqlite_errorcode", 0) & 0xFF
     sqlstate = getattr(original, "sqlstate", None) or ""
-    return sqlite_code in SQLITE_UNAVAILABLE or sqlstate[:2] in POSTGRES_UNAVAILABLE
+    return sqlite_code in SQLITE_UNAVAILABLE or sqlstate.startswith(POSTGRES_UNAVAILABLE)
 
 
 async def handle_database_error(request: HTTPConnection, error: Any) -> Response:
@@ -389,7 +394,8 @@ async def handle_database_error(request: HTTPConnection, error: Any) -> Response
         return await handle_http_error(request, APIError("CONFLICT", detail))
     if not is_unavailable(error):
         raise error
-    logger.error("the database is unavailable: %s", str(error).partition("\n")[0])
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    logger.error("the database is unavailable: %s", reason)
     detail = "The database is busy, try again"
     return await handle_http_error(request, APIError("UNAVAILABLE", detail))
 
@@ -464,8 +470,10 @@ if settings.sqlite_file:
         read_engine.sync_engine, "connect", partial(set_pragmas, pragmas="PRAGMA query_only=ON")
     )
 else:
-    timeouts = {"lock_timeout": "5000", "statement_timeout": "5000"}
-    options |= {"connect_args": {"timeout": 5, "server_settings": timeouts}, "pool_pre_ping": True}
+    connect_args: dict[str, Any] = {"server_settings": {"statement_timeout": "5000"}, "timeout": 5}
+    connect_args["command_timeout"] = 5.5  # for a server that is frozen
+    exception_handlers[TimeoutError] = handle_database_error  # what it raises then
+    options |= {"connect_args": connect_args, "pool_pre_ping": True}
     write_engine = create_async_engine(settings.database_url, **options)
     read_engine = write_engine.execution_options(postgresql_readonly=True)
     health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
@@ -635,7 +643,7 @@ async def open_database() -> AsyncIterator[None]:
         await (await session.connection()).run_sync(make_tables)
     yield
     for engine in (read_engine, health_engine, write_engine):
-        await engine.dispose()
+        await engine.dispose(close=settings.sqlite_file is not None)  # PostgreSQL may not answer
 
 
 # --- Schemas --------------------------------------------------------------------------------------
@@ -734,7 +742,10 @@ async def send_start(send: Send, message: Message) -> None:
 
 def add_state(scope: Scope) -> dict[str, Any]:
     """What chapters want to know of a request, and the headers that they add to its answer."""
-    headers = dict(scope["headers"])
+    # Python before 3.11.10 and 3.12.6 reads backslashes of a cookie for seconds (CVE-2024-7592).
+    clean = [(n, v.replace(b"\\", b"") if n == b"cookie" else v) for n, v in scope["headers"]]
+    scope["headers"] = clean
+    headers = dict(clean)
     sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
     request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
     root_path = scope.get("root_path", "")
@@ -887,7 +898,7 @@ async def is_database_up() -> bool:
     try:
         async with AsyncSession(health_engine) as session:
             await session.exec(select(1))
-    except (exc.SQLAlchemyError, sqlite3.Error, APIError) as error:
+    except (exc.SQLAlchemyError, sqlite3.Error, TimeoutError, APIError) as error:
         logger.error("the database does not answer: %s", type(error).__name__)
         return False
     return True
@@ -1056,10 +1067,15 @@ TokenType = Literal["access", "refresh", "cookie", "reset"]
 Result = TypeVar("Result", str, bytes, bool)
 
 
+def check_waiting_passwords(part: float = 1) -> None:
+    """Refuses when this part of the places is taken."""
+    if hashing_threads.statistics().tasks_waiting >= part * MAX_WAITING_PASSWORDS:
+        raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
+
+
 async def run_bcrypt(work: Callable[[bytes, bytes], Result], password: str, salt: str) -> Result:
     """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
-    if hashing_threads.statistics().tasks_waiting >= MAX_WAITING_PASSWORDS:
-        raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
+    check_waiting_passwords()
     digest = base64.b64encode(hashlib.sha256(password.encode(errors="surrogatepass")).digest())
     return await anyio.to_thread.run_sync(work, digest, salt.encode(), limiter=hashing_threads)
 
@@ -1906,6 +1922,7 @@ async def check_current_password(
     await limit_email(me.email, request)
     row = await session.get(User, me.id)
     await session.close()
+    check_waiting_passwords(part=0.25)  # the other places are for signing in
     if row is None or not await verify_password(password, row.hashed_password):
         raise APIError("INSUFFICIENT_PERMISSIONS", "current_password is missing or wrong")
     return row.hashed_password
@@ -2028,6 +2045,7 @@ async def make_first_superuser() -> AsyncIterator[None]:
                 session.add(user)
                 await session.flush()
                 await end_logins(session, user.id)
+                logger.info("user %s: role and password changed at the start", user.id)
     yield
 
 
@@ -2297,6 +2315,7 @@ async def join_room(
 MAX_MAILS = 50
 STOP_SECONDS = 2.0
 mail_threads: set[threading.Thread] = set()
+get_tls_context = cache(ssl.create_default_context)  # to make one takes 50 ms
 
 
 def deliver(to: str, subject: str, body: str) -> None:
@@ -2310,13 +2329,12 @@ def deliver(to: str, subject: str, body: str) -> None:
         print(f"--- Mail to {to}: {subject}\n{body}---", flush=True)
         return
     host = (url.host or "").strip("[]")
-    tls = ssl.create_default_context()
     is_smtps = url.scheme == "smtps"
-    connect = partial(smtplib.SMTP_SSL, context=tls) if is_smtps else smtplib.SMTP
+    connect = partial(smtplib.SMTP_SSL, context=get_tls_context()) if is_smtps else smtplib.SMTP
     with connect(host, url.port or 0, timeout=5) as server:
         server.ehlo()
         if server.has_extn("starttls") and not is_smtps:
-            server.starttls(context=tls)
+            server.starttls(context=get_tls_context())
         elif url.username and not is_smtps:
             logger.error("mail not sent: the server has no STARTTLS, and SMTP_URL has a password")
             return
@@ -2335,15 +2353,19 @@ def deliver_or_log(to: str, subject: str, body: str) -> None:
         mail_threads.discard(threading.current_thread())
 
 
-def send_mail(to: str, subject: str, body: str) -> None:
+def send_mail(to: str, subject: str, body: str, places: int = MAX_MAILS) -> None:
     if settings.smtp_url is None and settings.production:
         logger.warning("mail not sent: SMTP_URL is not set")
-    elif len(mail_threads) >= MAX_MAILS:
-        logger.error("mail not sent: %s are under way", MAX_MAILS)
+    elif len(mail_threads) >= places:
+        logger.error("mail not sent: %s are under way", places)
     else:
         thread = threading.Thread(target=deliver_or_log, args=(to, subject, body), daemon=True)
         mail_threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            mail_threads.discard(thread)
+            logger.error("mail not sent: the system has no thread left")
 
 
 async def mail_what_happened(kind: EventKind, subject: Any) -> None:
@@ -2357,7 +2379,8 @@ async def mail_what_happened(kind: EventKind, subject: Any) -> None:
     if kind == "post.published" and settings.admin_email:
         link = f"{settings.public_url}{API}/posts/{subject.id}"
         body = f"{subject.author.full_name} published: {subject.title}\n\n{link}\n"
-        send_mail(settings.admin_email, "A post was published", body)
+        # Many posts at once leave places for the mails above.
+        send_mail(settings.admin_email, "A post was published", body, MAX_MAILS // 2)
 
 
 @at_start
@@ -2454,10 +2477,8 @@ async def get_visitor(request: Request, me: OptionalUser, session: ReadSession) 
 Visitor = Annotated[UserRead | None, Depends(get_visitor)]
 
 
-class VerifyQuery(BaseModel):
+class VerifyQuery(StrictBody):
     """A parameter that is not known is refused, so that a typo never opens a gate."""
-
-    model_config = {"extra": "forbid"}
 
     # Lists, since of several values a plain field takes the last: ?role=admin&role=user must fail.
     role: list[Role] = Field(default=["user"], max_length=1)
@@ -3100,13 +3121,14 @@ async def print_start_lines() -> AsyncIterator[None]:
     async with AsyncSession(read_engine) as session:
         admins = ", ".join(await session.exec(statement))
     how = "none yet: set FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
-    print(f"Nutshell  {address}\ndocs      {address}/docs\ndata      {data}")
-    print(f"admin     {admins or how}")
+    lines = [f"Nutshell  {address}", f"docs      {address}/docs", f"data      {data}"]
+    lines.append(f"admin     {admins or how}")
     for account in demo_accounts:
-        print(f"sign in   {account['email']}  {account['password']}  ({account['role']})")
+        lines.append(f"sign in   {account['email']}  {account['password']}  ({account['role']})")
     if demo_accounts and not getattr(settings.host, "is_loopback", True):
-        print("warning   everybody who reaches this address knows these passwords")
-    sys.stdout.flush()
+        lines.append("warning   everybody who reaches this address knows these passwords")
+    with suppress(OSError):  # where nobody reads them the service starts, too
+        print("\n".join(lines), flush=True)
     yield
 
 

@@ -393,6 +393,11 @@ def test_settings_come_from_env_and_secret_files(load, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit):
         load()
     assert capsys.readouterr().err == ".env: must be UTF-8\n"
+    (tmp_path / ".env").unlink()
+    (tmp_path / "secret_key").write_bytes(b"hunter2\xff")
+    with pytest.raises(SystemExit):
+        load()
+    assert re.fullmatch('(?!.*hunter2).*"secret_key".*\n', capsys.readouterr().err)
 
 
 # --- Logging --------------------------------------------------------------------------------------
@@ -569,11 +574,12 @@ FAULTS = {
         sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR_READ,
         sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
     ],
-    "sqlstate": ["08006", "40001", "40P01", "53300", "55P03", "57014", "58030"],
+    "sqlstate": ["08006", "25006", "28P01", "3D000", "40001", "40P01", "53300", "55P03", "57014"]
+    + ["58030"],
 }  # fmt: skip
 BUGS = {
     "sqlite_errorcode": [sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT],
-    "sqlstate": ["42703", "22001"],
+    "sqlstate": ["42703", "22001", "25P02"],
 }
 
 
@@ -789,6 +795,11 @@ def test_a_valid_request_id_is_kept_and_an_invalid_one_replaced(client, sent):
     answer = client.get("/users/me", headers={b"X-Request-ID": sent.encode()})
     is_good = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", sent) is not None
     assert (answer.headers["x-request-id"] == sent) == is_good
+
+
+def test_a_cookie_full_of_backslashes_takes_no_time(client):
+    answer = client.get("/auth/verify", headers={"Cookie": f'x="{60_000 * chr(92)}"'})
+    assert answer.elapsed < timedelta(seconds=1)
 
 
 def test_cors_headers_are_sent_to_allowed_origins_only(client, production, development):
@@ -1400,6 +1411,7 @@ def test_a_start_promotes_the_first_superuser_and_deletes_expired_logins(
     settings |= {"FIRST_SUPERUSER_EMAIL": ann.email, "FIRST_SUPERUSER_PASSWORD": NEW_PASSWORD}
     with run_main(tmp_path, **settings) as later:
         assert client.get("/own/reader", params=logins).json() == 1
+        assert f"user {ann.id}: role and password changed at the start" in later.read_log()
         assert_signed_out(later, ann.tokens)
         assert try_login(later, ann.email).status_code == 401
         assert as_person(later, ann.email, NEW_PASSWORD).api.get("/users?is_active=1").is_success
@@ -1898,6 +1910,29 @@ def test_without_starttls_no_password_is_sent(client, mail_server, monkeypatch, 
     assert "hunter2" not in caplog.text
 
 
+def test_many_posts_leave_places_for_mails_to_people(client, ann, mail_server, monkeypatch, caplog):
+    wait_until(lambda: not main.mail_threads)
+    monkeypatch.setattr(main, "MAX_MAILS", 4)
+    mail_server.seconds = 0.3
+    for _ in range(3):
+        write_post(ann)
+    assert "mail not sent: 2 are under way" in caplog.text
+    ben = sign_up(client)
+    wait_until(lambda: mail_server.mails_to(ben.email))
+
+
+def test_where_no_thread_can_be_started_only_the_mail_is_lost(client, monkeypatch, caplog):
+    class Thread(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "threading", SimpleNamespace(Thread=Thread))
+        sign_up(client)
+    assert "mail not sent: the system has no thread left" in caplog.text
+    wait_until(lambda: not main.mail_threads)
+
+
 @pytest.mark.parametrize("user", ["=?utf-8?q?a=40b?=", "=?utf-8?q?a=0d=0a?=", "李", "'a'"])
 def test_an_unusual_email_logs_no_traceback(client, mail_server, caplog, user):
     ann = sign_up(client, email=f"{user}@example.com")
@@ -1947,6 +1982,8 @@ def test_verify_returns_the_user_in_headers_and_refuses_misspelled_parameters(cl
     doubles = "role=admin&role=user role=user&role=admin sign_in=true&sign_in=true"
     for query in f"{typos} {doubles}".split():
         assert_error(ann.api.get(f"/auth/verify?{query}"), 422, "VALIDATION_ERROR")
+    many = "&".join(str(number) for number in range(10_000))
+    assert len(client.get(f"/auth/verify?{many}").content) < 1_000  # and not a line for each
 
 
 def test_a_browser_signs_in_on_the_way_to_an_app(browser, ann):

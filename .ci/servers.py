@@ -190,6 +190,12 @@ class Postgres:
         self.process.send_signal(signal.SIGQUIT)
         self.process.wait(10)
 
+    def signal(self, number):
+        """Sends a signal to all of its processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        for process in (self.process.pid, *children.split()):
+            os.kill(int(process), number)
+
     def psql(self, sql, database="postgres"):
         server = f"-h {self.folder} -p {self.port} -U postgres -qAt -d {database} -c"
         command = [*self.command("psql", server), sql]

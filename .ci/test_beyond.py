@@ -98,22 +98,38 @@ def test_postgresql_needs_a_secret_key(postgres, tmp_path):
     assert done.stderr == "SECRET_KEY: must be set in production and with PostgreSQL\n"
 
 
-def test_a_postgresql_that_is_gone_is_503_until_it_is_back(postgres, tmp_path):
-    with serve(tmp_path, **postgres.settings("gone")) as service:
+OUTAGES = {  # how it begins, and how it ends
+    "gone": (Postgres.stop, Postgres.start),
+    "frozen": (
+        lambda postgres: postgres.signal(signal.SIGSTOP),
+        lambda postgres: postgres.signal(signal.SIGCONT),
+    ),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_a_postgresql_that_is_gone_or_frozen_is_503_until_it_is_back(postgres, tmp_path, outage):
+    begin, end = OUTAGES[outage]
+    with serve(tmp_path, **postgres.settings(outage)) as service:
         ann = sign_up(service.client)
         post = write_post(ann)
-        postgres.stop()
+        begin(postgres)
         try:
-            for answer in at_once(20, lambda _: ann.api.post("/posts", json=POST)):
+            for answer in at_once(10, lambda _: ann.api.post("/posts", json=POST)):
                 assert_error(answer, 503, "UNAVAILABLE")
                 assert answer.headers["retry-after"]
             assert_error(service.client.get("/posts"), 503, "UNAVAILABLE")
             assert_error(httpx.get(f"{service.url}/health"), 503, "UNAVAILABLE")
         finally:
-            postgres.start()
+            end(postgres)
         wait_until(lambda: ann.api.post("/posts", json=POST).status_code == 201)
-        assert is_healthy(service.url)
+        wait_until(lambda: is_healthy(service.url))
         assert service.client.get("/posts").json()["items"][1:] == [post]
+        begin(postgres)
+        try:
+            assert time_of(service.stop) < 7
+        finally:
+            end(postgres)
         assert "Traceback" not in service.log()
 
 
@@ -434,6 +450,7 @@ def test_a_backup_made_under_load_is_restored_as_readme_shows(tmp_path):
         writing = pool.submit(lambda: [write_post(ann)["id"] for _ in range(200)])
         known = wait_until(lambda: service.client.get("/posts").json()["total"])
         shell(["sh", "-euc", in_readme("sh", "VACUUM")])
+        assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
         writing.result()
         service.process.kill()  # what this leaves beside the file must not come back
         service.process.wait()
@@ -443,6 +460,12 @@ def test_a_backup_made_under_load_is_restored_as_readme_shows(tmp_path):
         assert service.sql("PRAGMA integrity_check") == [("ok",)]
         assert known <= service.client.get("/posts").json()["total"] < 200
         assert service.client.get("/users/me", headers=ann.api.headers).status_code == 200
+
+
+@pytest.mark.parametrize("stdout", ["&-", "/dev/full"])
+def test_it_starts_where_nobody_reads_what_is_printed(tmp_path, stdout):
+    with serve(tmp_path, "sh", "-c", f'exec "$@" >{stdout}', "sh", *MAIN) as service:
+        assert sign_up(service.client).id == 1
 
 
 @pytest.mark.parametrize("option", ["--reload", "--workers=2", "WEB_CONCURRENCY=2"])
@@ -1000,6 +1023,16 @@ def test_100_mb_are_refused_without_being_kept(service, announced):
     answer = service.client.post("/auth/register", content=body, headers=headers)
     assert_error(answer, 413, "BODY_TOO_LARGE")
     assert megabytes(service.process.pid) < before + 20
+
+
+def test_wrong_current_passwords_leave_places_for_signing_in(tmp_path):
+    change = {"password": PASSWORD, "current_password": "wrong"}
+    with serve(tmp_path, BCRYPT_ROUNDS="11") as service, ThreadPoolExecutor(90) as pool:
+        ann = sign_up(service.client)
+        calls = [pool.submit(ann.api.patch, "/users/me", json=change) for _ in range(90)]
+        wait_until(lambda: any(call.done() for call in calls))
+        assert try_login(service.client, ann.email).status_code == 200
+        assert {call.result().status_code for call in calls} == {403, 503}
 
 
 def test_a_million_clients_take_20_mb_of_the_limiter():
