@@ -470,10 +470,8 @@ if settings.sqlite_file:
         read_engine.sync_engine, "connect", partial(set_pragmas, pragmas="PRAGMA query_only=ON")
     )
 else:
-    connect_args: dict[str, Any] = {"server_settings": {"statement_timeout": "5000"}, "timeout": 5}
-    connect_args["command_timeout"] = 5.5  # for a server that is frozen
-    exception_handlers[TimeoutError] = handle_database_error  # what it raises then
-    options |= {"connect_args": connect_args, "pool_pre_ping": True}
+    options |= {"connect_args": {"timeout": 5, "command_timeout": 5}, "pool_pre_ping": True}
+    exception_handlers[TimeoutError] = handle_database_error  # asyncpg's, after these 5 s
     write_engine = create_async_engine(settings.database_url, **options)
     read_engine = write_engine.execution_options(postgresql_readonly=True)
     health_engine = create_async_engine(settings.database_url, pool_size=1, **options)
