@@ -144,6 +144,8 @@ def test_a_lock_that_postgresql_does_not_give_is_503(postgres, tmp_path):
         assert is_healthy(service.url)
         locked.result()
         assert ann.api.post("/posts", json=POST).status_code == 201
+        answers = [service.client.get("/posts") for _ in range(2)]  # others may write to it
+        assert [answer.headers.get("x-cache") for answer in answers] == 2 * [None]
 
 
 # --- Redis ----------------------------------------------------------------------------------------
@@ -265,13 +267,22 @@ def test_without_redis_each_process_goes_on_alone_until_it_is_back(pair, redis, 
 def test_processes_share_limits(tmp_path, redis):
     settings = {"REDIS_URL": redis.url, "RATE_LIMIT": "10/minute"}
     with serve(tmp_path / "a", **settings) as one, serve(tmp_path / "b", **settings) as other:
-        answers = [service.client.get("/posts") for service in (one, other) * 6]
-        assert [answer.status_code for answer in answers] == 10 * [200] + 2 * [429]
+        one.client.get("/posts")
+        time.sleep(1.1)
+        answers = [service.client.get("/posts") for service in (other, one) * 6]
+        assert "t=60" not in answers[0].headers["ratelimit"]  # it began at the first request
+        assert [answer.status_code for answer in answers] == 9 * [200] + 3 * [429]
         assert 50 < int(answers[-1].headers["retry-after"]) <= 60
         redis.stop()
         answers = [one.client.get("/posts") for _ in range(11)]
         redis.start()
         assert [answer.status_code for answer in answers] == 10 * [200] + [429]
+
+
+def test_with_cache_seconds_0_nothing_is_remembered_with_redis_either(tmp_path, redis):
+    with serve(tmp_path, REDIS_URL=redis.url, CACHE_SECONDS="0") as service:
+        time.sleep(main.REDIS_DOUBT)
+        assert not any(is_remembered(service, "/posts") for _ in range(2))
 
 
 def test_a_process_that_lost_redis_alone_is_heard_when_it_is_back(tmp_path, redis):
@@ -479,6 +490,10 @@ def test_several_processes_serve_the_same_and_remember_nothing(tmp_path, option)
         assert [answer.json() for answer in answers] == 10 * [post]
         assert [answer.headers.get("x-cache") for answer in answers] == 10 * [None]
         wait_until(lambda: service.log().count("Nutshell  http://") == is_setting)  # one says it
+        service.client.get("/posts?token=hunter2")
+        write_post(sign_up(service.client))  # time for what else is logged
+        assert "/api/v1/posts " in service.log()
+        assert "hunter2" not in service.log()
 
 
 def test_behind_a_trusted_proxy_clients_are_counted_by_their_own_address(tmp_path):
