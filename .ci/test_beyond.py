@@ -110,8 +110,9 @@ OUTAGES = {  # how it begins, and how it ends
 @pytest.mark.parametrize("outage", OUTAGES)
 def test_a_postgresql_that_is_gone_or_frozen_is_503_until_it_is_back(postgres, tmp_path, outage):
     begin, end = OUTAGES[outage]
-    with serve(tmp_path, **postgres.settings(outage)) as service:
+    with serve(tmp_path, **postgres.settings(outage)) as service, httpx.Client() as browser:
         ann = sign_up(service.client)
+        browser.post(f"{service.url}/sign-in", data={"username": ann.email, "password": PASSWORD})
         post = write_post(ann)
         begin(postgres)
         try:
@@ -120,6 +121,8 @@ def test_a_postgresql_that_is_gone_or_frozen_is_503_until_it_is_back(postgres, t
                 assert answer.headers["retry-after"]
             assert_error(service.client.get("/posts"), 503, "UNAVAILABLE")
             assert_error(httpx.get(f"{service.url}/health"), 503, "UNAVAILABLE")
+            answer = browser.get(f"{service.client.base_url}auth/verify", timeout=10)
+            assert_error(answer, 503, "UNAVAILABLE")  # not 401: the cookie may be good
         finally:
             end(postgres)
         wait_until(lambda: ann.api.post("/posts", json=POST).status_code == 201)

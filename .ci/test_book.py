@@ -118,6 +118,13 @@ def test_uv_is_told_of_the_packages_of_requirements_txt():
     assert sorted(re.findall('"(.+?)"', block)) == sorted(packages)
 
 
+def test_optional_packages_are_pinned_everywhere_alike():
+    pins = re.findall(r"pip install (\w+==[\d.]+)", BOOK)
+    assert [pin.partition("==")[0] for pin in pins] == ["asyncpg", "redis"]
+    for text in README, (ROOT / "Dockerfile").read_text(), (ROOT / ".ci" / "run").read_text():
+        assert " ".join(pins) in text
+
+
 def test_every_setting_and_its_default_stand_in_readme():
     printed = {}
     for names, cell in re.findall(r"(?m)^\| ([A-Z_, ]+) \| (.+?) \|", section("Configure it")):
