@@ -1,7 +1,7 @@
 """Nutshell: a complete API service in one file.
 
-A book whose every chapter ends with a program that runs. From "Application" on you may cut the
-file at any banner: what stands above is a working service, and knows nothing of what was below.
+Read it from top to bottom: each chapter uses only the chapters above it. From "Application" on you
+may cut the file at any banner: what stands above the cut is a working service.
 
     Settings              what the environment says, read once
     Logging               a line for each request
@@ -10,7 +10,7 @@ file at any banner: what stands above is a working service, and knows nothing of
     Schemas               what tables and bodies have in common
     Application           the app, what every request passes, and where chapters attach
     Docs                  Swagger UI without a network
-    Rate limiter          so many requests in a window of time
+    Rate limiter          how many requests a client may send in a minute
     Passwords and tokens  bcrypt and JWTs
     Accounts              users, logins, and who is asking
                           (up to here: a service for accounts and tokens)
@@ -175,7 +175,8 @@ SmtpUrl = Annotated[AnyUrl, UrlConstraints(allowed_schemes=["smtp", "smtps"], ho
 
 
 class Settings(BaseSettings):
-    """README says what each one means. An empty value counts as not set."""
+    """README says what each one means. An empty value counts as not set. Defaults are validated,
+    too: that is why some of them are strings."""
 
     model_config = SettingsConfigDict(
         env_file=".env", secrets_dir=SECRETS_FOLDER, extra="ignore", env_ignore_empty=True
@@ -274,7 +275,7 @@ settings = load_settings()
 
 logger = logging.getLogger("nutshell")
 log_handler = logging.StreamHandler()
-UVICORN_SAYS_TOO_MUCH = (
+DROPPED_MESSAGES = (  # of uvicorn
     '%s - "WebSocket',  # with its query
     "connection ",
     "Invalid UTF-8",
@@ -302,7 +303,7 @@ def set_up_logging() -> None:
         logging.getLogger(name).handlers.clear()
     logging.getLogger("uvicorn").propagate = True
     logging.getLogger("uvicorn.error").addFilter(
-        lambda record: not str(record.msg).startswith(UVICORN_SAYS_TOO_MUCH)
+        lambda record: not str(record.msg).startswith(DROPPED_MESSAGES)
     )
     logging.getLogger("uvicorn.access").propagate = False  # we write a line for each request
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs parts of bodies
@@ -324,7 +325,7 @@ ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 STATUS_NAMES = {status.value: status.name for status in HTTPStatus}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 SQLITE_UNAVAILABLE = {5, 6, 10, 13, 14}  # busy, locked, I/O error, disk full, cannot open
-# How its SQLSTATE begins: among them no access, no such database, and read-only (25006).
+# How the SQLSTATE begins; of those for a refused access, a missing database and read-only too.
 POSTGRES_UNAVAILABLE = ("08", "25006", "28", "3D", "40", "53", "55", "57", "58")
 
 
@@ -338,14 +339,14 @@ class APIError(HTTPException):
 
 
 class ErrorRead(BaseModel):
-    """What every error looks like. Of a 422 `detail` lists the fields."""
+    """The body of every error. For a 422, `detail` is a list of the wrong fields."""
 
     detail: str | list[dict[str, Any]]
     error_code: str
     request_id: str
 
 
-def errors(*statuses: int) -> Any:
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For /docs: the errors of a route, of all routes of a router, or of the whole app."""
     return {code: {"model": ErrorRead, "description": HTTPStatus(code).phrase} for code in statuses}
 
@@ -355,8 +356,8 @@ async def handle_http_error(request: HTTPConnection, error: Any) -> Response:
     if error.status_code == 405:  # FastAPI names the methods of one route, not of the whole path
         scopes = [dict(request.scope, method=method) for method in METHODS]
         routes = request.app.routes
-        fits = [s for s in scopes if any(r.matches(s)[0] is Match.FULL for r in routes)]
-        headers["Allow"] = ", ".join(scope["method"] for scope in fits)
+        found = [s for s in scopes if any(r.matches(s)[0] is Match.FULL for r in routes)]
+        headers["Allow"] = ", ".join(scope["method"] for scope in found)
     body = {
         "detail": error.detail,
         "error_code": getattr(error, "code", STATUS_NAMES.get(error.status_code, "ERROR")),
@@ -480,8 +481,8 @@ else:
 
 
 class Generation:
-    """A random value, replaced at each commit: values remembered under another one are stale.
-    None if other processes can write to the database: then nothing is remembered."""
+    """A random value, replaced at each commit: what was remembered under another one is stale.
+    None (PostgreSQL, several workers, CACHE_SECONDS=0) if nothing is remembered."""
 
     def __init__(self) -> None:
         self.value = secrets.token_hex(8)
@@ -524,7 +525,7 @@ class Memory:
     def keep(self, key: Any, value: Any, size: int, generation: str | None) -> None:
         """Remembers what was read after `get` had returned this generation."""
         if generation is None or generation != self.current or size > MAX_REMEMBERED_BYTES:
-            return  # among others: there was a commit while it was read
+            return  # another request has seen a newer generation: this value may be stale
         if len(self.entries) >= MAX_REMEMBERED or self.bytes + size > MAX_REMEMBERED_BYTES:
             self.clear(generation)
         self.entries[key] = value
@@ -563,17 +564,17 @@ async def forget(tables: set[str]) -> None:
             await memory.generation.renew()
 
 
-class WritingSession(AsyncSession):
-    """Each commit empties what was remembered."""
+class TrackedSession(AsyncSession):
+    """Notes which tables it writes to. Each commit makes what was remembered of them stale."""
 
     async def connection(self, *args: Any, **options: Any) -> AsyncConnection:
-        note_tables(self.info, ANY_TABLE)  # what it executes is not noted
+        note_tables(self.info, ANY_TABLE)  # its statements are not seen
         return await super().connection(*args, **options)
 
     async def commit(self) -> None:
         try:
             await super().commit()
-        finally:  # a COMMIT that was cut off may have been done nevertheless
+        finally:  # a COMMIT that was cut off may have been done, and every commit counts
             await forget(self.info.pop("written", {ANY_TABLE}))
 
     async def close(self) -> None:
@@ -588,13 +589,13 @@ async def get_read_session() -> AsyncIterator[AsyncSession]:
     try:
         yield session
     finally:
-        if session.in_transaction():
+        if session.in_transaction():  # to close one that was not used takes 50 µs
             await session.close()
 
 
 async def get_write_session() -> AsyncIterator[AsyncSession]:
     """Waits for the writer at its first statement. What was not committed is undone."""
-    async with WritingSession(write_engine, expire_on_commit=False) as session:
+    async with TrackedSession(write_engine, expire_on_commit=False) as session:
         yield session
         if session.new or session.dirty or session.deleted or session.info.get("is_unsaved"):
             logger.warning("what a route wrote is undone: `await session.commit()` is missing")
@@ -606,6 +607,7 @@ WriteSession = Annotated[AsyncSession, Depends(get_write_session, scope="functio
 
 
 # On SQLite the first statement, whatever it is, takes the write lock: see on_begin.
+# 7361 is any number that all processes share.
 START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(7361))
 
 
@@ -613,7 +615,7 @@ START_LOCK = select(1 if settings.sqlite_file else func.pg_advisory_xact_lock(73
 async def prepare_database() -> AsyncIterator[AsyncSession]:
     """A session for the start. Processes enter one after the other: the first makes what is
     missing."""
-    async with WritingSession(write_engine, expire_on_commit=False) as session:
+    async with TrackedSession(write_engine, expire_on_commit=False) as session:
         await session.exec(START_LOCK)
         yield session
         await session.commit()
@@ -682,14 +684,15 @@ class StrictBody(SQLModel):
 #                       Live events and Mail.
 #   3. Each request     `app.user_middleware`, in this order: RequestMiddleware and CORS,
 #                       RateLimitMiddleware, CacheMiddleware, then FastAPI with its routes.
-#   4. Shared stores    `limiter.store`, `hub.publish` and `memory.generation`: Redis replaces them.
+#   4. Shared stores    `limiter.store`, `events.publish`, `chat.publish` and the `generation` of
+#                       each Memory: Redis replaces them.
 #
 # Chapters also add their paths to `body_limits` and `path_limits`, what /docs says of them to
 # `tags` and `app.description`, and the demo its `demo_accounts`.
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_FORM_BYTES = 16 * 1024
-# Those of ASGI that bring the headers of an answer.
+# The ASGI messages that carry the headers of an answer.
 FIRST_MESSAGES = "http.response.start", "websocket.http.response.start", "websocket.accept"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
@@ -700,6 +703,8 @@ PostEvent = Literal["post.published", "post.updated", "post.deleted"]
 CommentEvent = Literal["comment.created", "comment.deleted"]
 EventKind = UserEvent | PostEvent | CommentEvent
 
+StartFunction = Callable[[], AsyncIterator[None]]
+
 body_limits: dict[str, int] = {}  # by the beginning of a path
 lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
 listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
@@ -707,9 +712,10 @@ demo_accounts: list[dict[str, str]] = []  # shown at the start, and buttons on t
 tags: list[dict[str, str]] = []  # the headings of /docs, in this order
 
 
-def at_start(function: Callable[[], AsyncIterator[None]]) -> None:
+def at_start(function: StartFunction) -> StartFunction:
     """A decorator: what stands before `yield` is done at the start, what follows at the stop."""
     lifespans.append(asynccontextmanager(function))
+    return function
 
 
 async def announce(kind: EventKind, subject: SQLModel) -> None:
@@ -732,14 +738,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def send_start(send: Send, message: Message) -> None:
     """A StartError is shown as one line, without its traceback."""
-    error = sys.exception()
+    error = sys.exception()  # Starlette sends the message while it handles the error
     if message["type"] == "lifespan.startup.failed" and isinstance(error, StartError):
         message["message"] = str(error)
     await send(message)
 
 
 def add_state(scope: Scope) -> dict[str, Any]:
-    """What chapters want to know of a request, and the headers that they add to its answer."""
+    """Makes `request.state`: what chapters read of a request, and the headers that they add."""
     # Python before 3.11.10 and 3.12.6 reads backslashes of a cookie for seconds (CVE-2024-7592).
     clean = [(n, v.replace(b"\\", b"") if n == b"cookie" else v) for n, v in scope["headers"]]
     scope["headers"] = clean
@@ -751,7 +757,7 @@ def add_state(scope: Scope) -> dict[str, Any]:
     state: dict[str, Any] = scope.setdefault("state", {})
     state["request_id"] = request_id
     path = scope["path"].removeprefix(root_path) if is_below else scope["path"]
-    state["path"] = path.removesuffix("\n")  # routes ignore it, so limits must too
+    state["path"] = path.removesuffix("\n")  # routes match with and without it, so limits must too
     state["client"] = scope["client"][0] if scope.get("client") else ""
     state["status"] = 0
     state["request_headers"] = headers
@@ -769,17 +775,17 @@ def limit_body(scope: Scope, receive: Receive) -> Receive:
     path = scope["state"]["path"]
     limits = [limit for start, limit in body_limits.items() if path.startswith(start)]
     limit = min(limits, default=MAX_BODY_BYTES)
-    size = 0
+    received = 0
 
     def check(size: int) -> None:
         if size > limit:
             raise APIError("BODY_TOO_LARGE", f"The body is larger than {limit // 1024} KiB")
 
     async def receive_limited() -> Message:
-        nonlocal size
+        nonlocal received
         message = await receive()
-        size += len(message.get("body", b""))
-        check(size)
+        received += len(message.get("body", b""))
+        check(received)
         return message
 
     check(int(scope["state"]["request_headers"].get(b"content-length", 0)))
@@ -796,7 +802,7 @@ async def answer_uncaught(scope: Scope, error: BaseException) -> Response:
 
 
 def is_hung_up(error: BaseException) -> bool:
-    """How FastAPI says that the client of a stream has gone while an event was on its way."""
+    """True for FastAPI's error when the client of a stream disconnects while an event is sent."""
     return isinstance(error, ExceptionGroup) and error.split(anyio.BrokenResourceError)[1] is None
 
 
@@ -864,14 +870,15 @@ class RequestMiddleware:
                 response = await answer_uncaught(scope, error)
                 await response(scope, receive, send)
             elif is_hung_up(error):
-                pass
+                pass  # the client has gone
             elif not isinstance(error, asyncio.CancelledError):
                 raise  # half an answer: the server logs the error and hangs up
             elif scope["type"] == "http":  # a stop ends a stream
                 await send({"type": "http.response.body"})
 
 
-TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")  # auto_configure: to that endpoint
+# FastAPI's OpenTelemetry. auto_configure: it goes to OTEL_EXPORTER_OTLP_ENDPOINT.
+TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")
 telemetry: Any = dict.fromkeys(TELEMETRY, settings.otel_exporter_otlp_endpoint is not None)
 app = FastAPI(
     title="Nutshell",
@@ -936,8 +943,8 @@ def make_openapi() -> dict[str, Any]:
         return app.openapi_schema
     schema = FastAPI.openapi(app)
     for operation in [one for path in schema["paths"].values() for one in path.values()]:
-        made_of_name = operation["operationId"].replace("_", " ").title()
-        if operation["summary"] == made_of_name and "description" in operation:
+        default_summary = operation["operationId"].replace("_", " ").title()
+        if operation["summary"] == default_summary and "description" in operation:
             summary, _, description = operation["description"].partition("\n\n")
             operation |= {"summary": summary.replace("\n", " "), "description": description}
     return schema
@@ -950,8 +957,8 @@ if not settings.production:
 
 
 # --- Rate limiter ---------------------------------------------------------------------------------
-# Each client has so many requests in a window of time, which opens at the first of them. At the
-# edge of two windows twice as many may pass: the price of a count that needs no history.
+# Each client may send a number of requests in a window of time, which opens with the first of them.
+# Around the end of a window twice as many may pass: the price of counting without a history.
 
 SECONDS = {"second": 1, "minute": 60, "hour": 3_600}
 MAX_WINDOWS = 20_000
@@ -1012,6 +1019,7 @@ class Limiter:
         count, left = await self.store.hit(f"{name}:{quota}:{key}", seconds)
         wait = max(1, min(seconds, ceil(left)))
         headers = state["response_headers"]
+        # Of several limits the headers describe the first, or the one that is exceeded.
         if count > quota or b"ratelimit" not in headers:
             headers[b"ratelimit-policy"] = f'"{name}";q={quota};w={seconds}'.encode()
             headers[b"ratelimit"] = f'"{name}";r={max(0, quota - count)};t={wait}'.encode()
@@ -1062,11 +1070,11 @@ MAX_TOKEN_LENGTH = 4_096
 DECOY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 hashing_threads = anyio.CapacityLimiter(os.cpu_count() or 1)
 TokenType = Literal["access", "refresh", "cookie", "reset"]
-Result = TypeVar("Result", str, bytes, bool)
+Result = TypeVar("Result", bytes, bool)
 
 
 def check_waiting_passwords(part: float = 1) -> None:
-    """Refuses when this part of the places is taken."""
+    """Refuses when this part of MAX_WAITING_PASSWORDS is waiting already."""
     if hashing_threads.statistics().tasks_waiting >= part * MAX_WAITING_PASSWORDS:
         raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
 
@@ -1100,7 +1108,7 @@ def get_signing_key() -> Any:
     if len(secret) < 32:
         raise StartError("SECRET_KEY: its file beside the database has less than 32 bytes")
     encoded = base64.urlsafe_b64encode(secret).decode()
-    # As a string it would be looked at anew for each token.
+    # Given a string, python-jose would construct this key again for each token.
     return jwk.construct({"kty": "oct", "k": encoded}, "HS256")
 
 
@@ -1199,7 +1207,7 @@ class UserPublic(Author):
 
 
 class UserRead(UserPublic):
-    """What only the user and superusers may see. Frozen: it is a value, and changes no row."""
+    """What only the user and admins may see. Frozen: it is a value, and changes no row."""
 
     model_config = {"frozen": True}
 
@@ -1248,7 +1256,7 @@ class TokenBearer(OAuth2PasswordBearer):
 
 
 async def check_origin(request: HTTPConnection) -> None:
-    """For requests that browsers send to other sites, too: these must not act for a user."""
+    """Refuses requests that a browser sends for a page of another site (CSRF)."""
     origin = request.headers.get("origin")
     host = request.headers.get("host")
     allowed = {f"http://{host}", f"https://{host}", *settings.cors_origins}
@@ -1290,7 +1298,7 @@ async def identify(
         user, _ = await find_login(session, claims)
         await session.close()  # hold no reader while waiting for the writer or for bcrypt
         me = UserRead.model_validate(user)
-        size = len(token) + 5_000  # a user's, at most
+        size = len(token) + 12_000  # a user's, at most: a bio of emoji takes 8,000
         identities.keep((kind, token), (claims.exp, me), size, generation)
     request.state.user_id = me.id  # for the log
     return me
@@ -1299,7 +1307,7 @@ async def identify(
 async def get_optional_user(
     request: HTTPConnection, token: BearerToken, session: ReadSession
 ) -> UserRead | None:
-    """None without a token. One that is sent must be good."""
+    """None without a token. A token that is sent must be valid."""
     return None if token is None else await identify(request, token, "access", session)
 
 
@@ -1324,7 +1332,7 @@ async def commit_user(session: AsyncSession) -> None:
 
 
 async def limit_email(email: str, request: Request) -> str:
-    """Counts one guess of this account's password. Returns the email's digest, for the log."""
+    """Counts one attempt for this email. Returns its digest, for the log."""
     digest = hashlib.sha256(email.encode()).hexdigest()[:16]
     await limiter.check(EMAIL_LIMIT, digest, request.scope["state"])
     return digest
@@ -1352,8 +1360,8 @@ async def authenticate(
     read_session: ReadSession,
     session: WriteSession,
 ) -> User:
-    """The user with this email and password. What is wrong shows neither in the text nor in the
-    time that it takes."""
+    """The user with this email and password. Neither the text of the error nor its time tells
+    which of the two is wrong."""
     try:
         email = normalize_email(form.username)
     except ValueError:
@@ -1383,10 +1391,9 @@ async def open_login_session(session: AsyncSession, user: User) -> LoginSession:
     return login_session
 
 
-def create_tokens(login_session: LoginSession, response: Response) -> Token:
+def create_tokens(row: LoginSession, response: Response) -> Token:
     """The refresh token follows from the row alone: two requests at once get the same one."""
     response.headers["Cache-Control"] = "no-store"
-    row = login_session
     now = utc_now()
     expires = min(row.expires_at, now + timedelta(minutes=settings.access_token_expire_minutes))
     access = create_token("access", row.user_id, expires, sid=row.id)
@@ -1442,6 +1449,7 @@ async def refresh(
         await session.commit()
         logger.warning("user %s: a used refresh token came again, session ended", claims.sub)
         raise APIError("TOKEN_REUSED", "This refresh token was used before: sign in again")
+    # Otherwise it is the token before this one, just replaced: it gets the same new ones again.
     await session.commit()
     return create_tokens(login_session, response)
 
@@ -1476,7 +1484,7 @@ async def get_me(me: CurrentUser) -> UserRead:
 
 # --- Posts ----------------------------------------------------------------------------------------
 # Table, schemas, guards and routes of posts. Drafts are visible only to their author and to
-# superusers. What happens to a published post is announced after the commit.
+# admins. What happens to a published post is announced after the commit.
 
 Title = Annotated[str, Field(min_length=1, max_length=255), OneLine, Examples(["Bees"])]
 Content = Annotated[str, Field(min_length=1, max_length=20_000), NotBlank, Examples(["They hum."])]
@@ -1514,7 +1522,7 @@ class Post(PostCreate, TableBase, table=True):
         sa.Index("ix_post_author_id", "author_id"),
         {"sqlite_autoincrement": True},
     )
-    # Each UPDATE makes it one higher, and fails if the row has another one by then.
+    # Each UPDATE adds 1 to the version, and fails if another request has changed it since.
     __mapper_args__ = {"version_id_col": sa.Column("version", sa.Integer, nullable=False)}
 
     is_published: bool = False
@@ -1585,10 +1593,9 @@ async def paginate(
         count = statement.with_only_columns(func.count(), maintain_column_froms=True)
     total = (await session.exec(count)).one()
     offset = (query.page - 1) * query.size
+    ids = statement.with_only_columns(table.id).order_by(*order).offset(offset).limit(query.size)
     rows: list[Any] = []
     if offset < total:
-        ids = statement.with_only_columns(table.id).order_by(*order)
-        ids = ids.offset(offset).limit(query.size)
         rows = list(await session.exec(select(table).where(table.id.in_(ids)).order_by(*order)))
     pages = ceil(total / query.size)
     return model(items=rows, total=total, page=query.page, size=query.size, pages=pages)
@@ -1627,7 +1634,7 @@ def may_change(me: UserRead | None, author_id: int) -> bool:
 async def find_post(
     session: AsyncSession, post_id: int, me: UserRead | None, statement: Any = POST_BY_ID
 ) -> Post:
-    """Drafts are visible only to their author and to superusers."""
+    """Drafts are visible only to their author and to admins."""
     post: Post | None = (await session.exec(statement, params={"post_id": post_id})).first()
     if post is None or not (post.is_published or may_change(me, post.author_id)):
         raise APIError("NOT_FOUND", "Post not found")
@@ -1638,16 +1645,16 @@ async def get_visible_post(post_id: Id, me: OptionalUser, session: ReadSession) 
     return await find_post(session, post_id, me)
 
 
-async def get_post_to_change(post_id: Id, me: CurrentUser, session: WriteSession) -> Post:
+async def get_locked_post(post_id: Id, me: CurrentUser, session: WriteSession) -> Post:
     """Visible to the user, and locked until the commit."""
     return await find_post(session, post_id, me, POST_BY_ID.with_for_update(of=Post))
 
 
 VisiblePost = Annotated[Post, Depends(get_visible_post)]
-PostToChange = Annotated[Post, Depends(get_post_to_change)]
+LockedPost = Annotated[Post, Depends(get_locked_post)]
 
 
-async def get_own_post(post: PostToChange, me: CurrentUser) -> Post:
+async def get_own_post(post: LockedPost, me: CurrentUser) -> Post:
     if not may_change(me, post.author_id):
         raise APIError("INSUFFICIENT_PERMISSIONS", "This post is somebody else's")
     return post
@@ -1672,8 +1679,8 @@ def filter_posts(query: PostQuery) -> Any:
         statement = statement.where(created_at <= query.max_date)
     if query.author:  # last, since it takes the longest to look at
         names = [col(User.first_name), col(User.last_name)]
-        fits = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
-        statement = statement.where(col(Post.author_id).in_(select(User.id).where(fits)))
+        matches = sa.or_(*(name.icontains(query.author, autoescape=True) for name in names))
+        statement = statement.where(col(Post.author_id).in_(select(User.id).where(matches)))
     return statement
 
 
@@ -1686,13 +1693,13 @@ async def list_posts(
     query: Annotated[PostQuery, Query()], me: OptionalUser, session: ReadSession
 ) -> PostPage:
     """List published posts, newest first, or those before a given post."""
-    sort = query.sort or "-id"
-    column = getattr(Post, sort.removeprefix("-"))
     statement = filter_posts(query)
     if query.before:
         statement = statement.where(Post.id < query.before).order_by(col(Post.id).desc())
         rows = await session.exec(statement.limit(query.size))
         return PostPage(items=list(rows), size=query.size)
+    sort = query.sort or "-id"
+    column = getattr(Post, sort.removeprefix("-"))
     order = (column.desc(), col(Post.id).desc()) if sort.startswith("-") else (column, Post.id)
     count = COUNT_PUBLISHED if statement is PUBLISHED else None
     return await paginate(session, statement, order, query, PostPage, count)
@@ -1714,11 +1721,11 @@ async def create_post(
 
 @posts.get("/{post_id}", responses=errors(404), openapi_extra=ANONYMOUS_TOO)
 async def get_post(post: VisiblePost) -> PostRead:
-    """Show a post; drafts only to their author and to superusers."""
+    """Show a post; drafts only to their author and to admins."""
     return PostRead.model_validate(post)
 
 
-# The second name, since /docs has room for each name once.
+# An operationId, which is the name of the route, must be unique: so PUT has a name of its own.
 @posts.put("/{post_id}", name="put_post", responses=errors(403, 404, 409))
 @posts.patch("/{post_id}", responses=errors(403, 404, 409))
 async def update_post(post: OwnPost, body: PostUpdate, session: WriteSession) -> PostRead:
@@ -1742,7 +1749,7 @@ async def delete_post(post: OwnPost, session: WriteSession) -> None:
 
 
 @posts.post("/{post_id}/publish", responses=errors(403, 404))
-async def publish_post(post: PostToChange, me: CurrentUser, session: WriteSession) -> PostRead:
+async def publish_post(post: LockedPost, me: CurrentUser, session: WriteSession) -> PostRead:
     """Publish your draft, for good; doing it twice changes nothing."""
     if post.author_id != me.id:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only its author publishes a post")
@@ -1808,7 +1815,7 @@ async def list_comments(post: VisiblePost, query: PageParams, session: ReadSessi
 
 @comments.post("/posts/{post_id}/comments", status_code=201, responses=errors(409))
 async def create_comment(
-    post: PostToChange, body: CommentCreate, me: CurrentUser, session: WriteSession
+    post: LockedPost, body: CommentCreate, me: CurrentUser, session: WriteSession
 ) -> CommentRead:
     """Comment on a post that you see."""
     comment = Comment.model_validate(body, update={"author_id": me.id, "post_id": post.id})
@@ -1893,7 +1900,7 @@ UserId = Annotated[int, Depends(get_user_id)]
 
 
 async def get_own_user_id(user_id: UserId, me: CurrentUser) -> int:
-    """Their own id, or any for a superuser. The refusal does not tell which ids exist."""
+    """Their own id, or any for an admin. The refusal does not tell which ids exist."""
     if user_id != me.id and not me.is_superuser:
         raise APIError("INSUFFICIENT_PERMISSIONS", "This account is somebody else's")
     return user_id
@@ -1946,7 +1953,7 @@ async def end_logins(session: AsyncSession, user_id: int) -> None:
 async def list_users(
     query: Annotated[UserQuery, Query()], me: CurrentUser, session: ReadSession
 ) -> UserPage | UserPublicPage:
-    """List users by id; superusers see all fields and filter by is_active."""
+    """List users by id; admins see all fields and filter by is_active."""
     statement = select(User)
     if query.is_active is not None:
         if not me.is_superuser:
@@ -1971,7 +1978,7 @@ async def create_user(
 
 @users.get("/{user}", responses=errors(404))
 async def get_user(user_id: UserId, me: CurrentUser, session: ReadSession) -> UserRead | UserPublic:
-    """Show a user, with every field to themselves and to superusers."""
+    """Show a user, with every field to themselves and to admins."""
     user = await find_user(session, user_id)
     if user_id == me.id or me.is_superuser:
         return UserRead.model_validate(user)
@@ -1990,16 +1997,18 @@ async def update_user(
     """Change an account; your own email or password needs current_password."""
     sent = body.model_fields_set
     check_may_change_role(sent, user_id, me)
-    checked = None
+    checked_hash = None
     if user_id == me.id and sent & {"email", "password"}:
-        checked = await check_current_password(me, body.current_password, request, read_session)
+        checked_hash = await check_current_password(
+            me, body.current_password, request, read_session
+        )
     changes = body.model_dump(exclude_unset=True, exclude={"password", "current_password"})
     if "password" in sent:
         changes["hashed_password"] = await hash_password(body.password)
     if user_id != me.id:
         await check_still_superuser(session, me)
     user = await find_user(session, user_id, lock=True)
-    if checked not in (None, user.hashed_password):
+    if checked_hash not in (None, user.hashed_password):
         raise APIError("CONFLICT", "Your password has changed in the meantime")
     user.sqlmodel_update(changes)
     if "password" in sent or not user.is_active:
@@ -2087,8 +2096,8 @@ class CacheMiddleware:
         if not is_public or app.dependency_overrides:  # an override may know the user otherwise
             return await self.app(scope, receive, send)
         request_headers = scope["state"]["request_headers"]
-        headers = scope["state"]["response_headers"]
-        headers[b"vary"] = b"Origin, Authorization"
+        response_headers = scope["state"]["response_headers"]
+        response_headers[b"vary"] = b"Origin, Authorization"
         if b"authorization" in request_headers:
             return await self.app(scope, receive, send)
         key = (scope["path"], scope["query_string"], scope.get("root_path"))
@@ -2099,9 +2108,9 @@ class CacheMiddleware:
                 size = len(answer.body) + len(scope["path"]) + len(scope["query_string"]) + 1_000
                 answers.keep(key, answer, size, generation)
             if generation:
-                headers[b"x-cache"] = b"hit" if remembered else b"miss"
-            headers[b"etag"] = answer.etag
-            headers[b"cache-control"] = b"public, max-age=0, must-revalidate"
+                response_headers[b"x-cache"] = b"hit" if remembered else b"miss"
+            response_headers[b"etag"] = answer.etag
+            response_headers[b"cache-control"] = b"public, max-age=0, must-revalidate"
             known = request_headers.get(b"if-none-match", b"")
             if answer.etag in known or known.strip() == b"*":
                 answer = Answer(304, [], b"", answer.etag)
@@ -2270,7 +2279,7 @@ async def send_messages(websocket: WebSocket, post_id: int, position: int) -> No
 async def check_access(
     websocket: WebSocket, post_id: int, token: str | None, session: AsyncSession
 ) -> None:
-    """Is the token still good, and the post still visible?"""
+    """Ends the room when the token is no longer valid, or the post no longer visible."""
     while True:
         await asyncio.sleep(CHECK_SECONDS)
         me = await get_optional_user(websocket, token, session)
@@ -2438,7 +2447,7 @@ sign_in_links: list[str] = []  # that chapters add below the form
 def gate_page(
     title: str, form: string.Template, error: APIError | None = None, **values: str
 ) -> Response:
-    """What stands in a form may come from anywhere, so it is escaped."""
+    """The values may come from any client, so they are escaped."""
     safe = {name: html.escape(value) for name, value in values.items()}
     filled = form.substitute(safe, links="\n".join(sign_in_links))
     alert = html.escape(str(error.detail)) if error else ""
@@ -2449,7 +2458,7 @@ def gate_page(
     return HTMLResponse(content, error.status_code, GATE_HEADERS | dict(error.headers or {}))
 
 
-def to_sign_in(request: Request, status: int = 303, query: str = "") -> Response:
+def redirect_to_sign_in(request: Request, status: int = 303, query: str = "") -> Response:
     path = request.url_for("show_sign_in").path
     return RedirectResponse(f"{path}{query}", status, GATE_HEADERS)
 
@@ -2502,11 +2511,11 @@ async def verify(
         is_page = "text/html" in headers.get("accept", "").lower()
         if query.sign_in[0] and is_page and headers.get("x-forwarded-method", "GET") == "GET":
             path = quote(headers.get("x-forwarded-uri", "/"), safe="")
-            return to_sign_in(request, 302, f"?next={path}")
+            return redirect_to_sign_in(request, 302, f"?next={path}")
         raise APIError("INVALID_TOKEN", "Not signed in: send Authorization: Bearer …")
     if "admin" in query.role and not visitor.is_superuser:
         raise APIError("INSUFFICIENT_PERMISSIONS", "Only for the role admin")
-    plain = string.punctuation.replace("%", "") + " "
+    plain = string.punctuation.replace("%", "") + " "  # printable ASCII stays as it is
     return Response(
         headers={
             "Remote-User": str(visitor.id),
@@ -2555,12 +2564,14 @@ async def sign_in(
 
 @gate.post("/sign-out", dependencies=[Depends(check_origin)], include_in_schema=False)
 async def sign_out(request: Request, session: WriteSession) -> Response:
-    with suppress(APIError):  # a cookie that is no longer good has no session
-        claims = decode_token(request.cookies.get(COOKIE, ""), "cookie")
-        await session.exec(sa.delete(LoginSession).where(col(LoginSession.id) == claims.sid))
-        await session.commit()
-    response = to_sign_in(request)
+    response = redirect_to_sign_in(request)
     response.delete_cookie(COOKIE)
+    try:
+        claims = decode_token(request.cookies.get(COOKIE, ""), "cookie")
+    except APIError:  # a cookie that is no longer valid has no session
+        return response
+    await session.exec(sa.delete(LoginSession).where(col(LoginSession.id) == claims.sid))
+    await session.commit()
     return response
 
 
@@ -2677,7 +2688,7 @@ async def send_reset_password(
         return gate_page("New password", RESET_FORM, wrong, token=token)
     except APIError as error:
         return gate_page("New password", RESET_FORM, error, token=token)
-    return to_sign_in(request)
+    return redirect_to_sign_in(request)
 
 
 sign_in_links.append('<a href="forgot-password">Forgot your password?</a>')
@@ -2697,7 +2708,8 @@ if settings.redis_url:  # an optional package
 
 REDIS_TIMEOUT = 0.15  # seconds
 REDIS_PAUSE = 1.0  # between attempts to reach it again: no request waits for them
-# So long after it is back another process may not know it yet, and commit unheard.
+# For this long after Redis is back, another process may not have noticed it, and commit without
+# telling Redis: until then nothing is remembered.
 REDIS_DOUBT = 2 * (REDIS_PAUSE + REDIS_TIMEOUT)
 # Redis runs this script in one step.
 HIT = """local count = redis.call("INCR", KEYS[1])
@@ -2711,9 +2723,9 @@ class SharedRedis:
     each call lists were half as fast."""
 
     is_up: bool | None = None  # None: not tried yet
-    is_trusted_at = 0.0
+    trusted_from = 0.0
     client: Any
-    hubs: dict[str, "EventHub"]  # quoted: without REDIS_URL this works where there are no events
+    hubs: dict[str, "EventHub"]  # quoted, so that Live events may be cut out
 
     async def start(self) -> AsyncIterator[None]:
         self.client = redis.from_url(str(settings.redis_url), decode_responses=True)
@@ -2768,7 +2780,7 @@ class SharedRedis:
             if self.is_up is False:
                 logger.warning("Redis answers again")
             self.is_up = True
-            self.is_trusted_at = perf_counter() + REDIS_DOUBT
+            self.trusted_from = perf_counter() + REDIS_DOUBT
             # The others have not heard of this process's commits in the meantime.
             await self.execute([methodcaller("delete", *generation_keys)])
         await self.called.wait()
@@ -2818,7 +2830,7 @@ class RedisGeneration(Generation):
         self.key = key
 
     async def get(self) -> str | None:
-        if settings.cache_seconds == 0 or perf_counter() < shared.is_trusted_at:
+        if settings.cache_seconds == 0 or perf_counter() < shared.trusted_from:
             return None
         new = secrets.token_hex(8)
         # nx: it is set only where none is; get: the answer is what was there before, or None.
@@ -2840,8 +2852,7 @@ if settings.redis_url:
 
 
 # --- Demo -----------------------------------------------------------------------------------------
-# With DEMO=true there are people and posts from the start, in a database that ends with the
-# service.
+# With DEMO=true the service starts with people and posts. Their database is deleted at its end.
 
 DEMO_PASSWORD = "correct-horse"  # noqa: S105
 DEMO_ROLES = {"Ann": "user", "Ben": "user", "Cleo": "admin"}
