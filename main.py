@@ -74,6 +74,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import quote, unquote
+from weakref import WeakSet
 
 import anyio
 import bcrypt
@@ -325,8 +326,7 @@ ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 STATUS_NAMES = {status.value: status.name for status in HTTPStatus}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 SQLITE_UNAVAILABLE = {5, 6, 10, 13, 14}  # busy, locked, I/O error, disk full, cannot open
-# How the SQLSTATE begins; of those for a refused access, a missing database and read-only too.
-POSTGRES_UNAVAILABLE = ("08", "25006", "28", "3D", "40", "53", "55", "57", "58")
+POSTGRES_UNAVAILABLE = {"08", "28", "3D", "40", "53", "55", "57", "58"}  # classes of SQLSTATE
 
 
 class APIError(HTTPException):
@@ -384,7 +384,7 @@ def is_unavailable(error: Any) -> bool:
     original = getattr(error, "orig", error)
     sqlite_code = getattr(original, "sqlite_errorcode", 0) & 0xFF
     sqlstate = getattr(original, "sqlstate", None) or ""
-    return sqlite_code in SQLITE_UNAVAILABLE or sqlstate.startswith(POSTGRES_UNAVAILABLE)
+    return sqlite_code in SQLITE_UNAVAILABLE or sqlstate[:2] in POSTGRES_UNAVAILABLE
 
 
 async def handle_database_error(request: HTTPConnection, error: Any) -> Response:
@@ -421,6 +421,7 @@ MAX_REMEMBERED_BYTES = 16 * 1024 * 1024
 PRAGMAS = """PRAGMA busy_timeout=5000; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
     PRAGMA foreign_keys=ON"""
 ANY_TABLE = "*"  # what a statement such as DELETE writes to
+postgres_connections: WeakSet[Any] = WeakSet()
 
 
 class StartError(Exception):
@@ -448,10 +449,12 @@ def on_reset(connection: Any, _: Any, __: Any) -> None:
 
 def on_connect_postgres(dialect: Any, _: Any, args: Any, kwargs: Any) -> Any:
     try:
-        return dialect.connect(*args, **kwargs)
+        connection = dialect.connect(*args, **kwargs)
     except OSError as error:  # no server listens there, or it does not answer in time
         logger.error("the database cannot be reached: %s", type(error).__name__)
         raise APIError("UNAVAILABLE", "The database cannot be reached, try again") from error
+    postgres_connections.add(connection.driver_connection)
+    return connection
 
 
 options: dict[str, Any] = {"pool_timeout": 5, "hide_parameters": True}
@@ -642,8 +645,10 @@ async def open_database() -> AsyncIterator[None]:
     async with prepare_database() as session:
         await (await session.connection()).run_sync(make_tables)
     yield
+    for connection in postgres_connections:
+        connection.terminate()  # close() would wait for a server that is frozen
     for engine in (read_engine, health_engine, write_engine):
-        await engine.dispose(close=settings.sqlite_file is not None)  # PostgreSQL may not answer
+        await engine.dispose()
 
 
 # --- Schemas --------------------------------------------------------------------------------------

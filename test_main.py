@@ -589,12 +589,11 @@ FAULTS = {
         sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR_READ,
         sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
     ],
-    "sqlstate": ["08006", "25006", "28P01", "3D000", "40001", "40P01", "53300", "55P03", "57014"]
-    + ["58030"],
+    "sqlstate": ["08006", "28P01", "3D000", "40001", "40P01", "53300", "55P03", "57014", "58030"],
 }  # fmt: skip
 BUGS = {
     "sqlite_errorcode": [sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT],
-    "sqlstate": ["42703", "22001", "25P02"],
+    "sqlstate": ["42703", "22001", "25006"],
 }
 
 

@@ -86,7 +86,8 @@ def test_all_of_test_main_passes_on_postgresql_with_redis(postgres, redis):
     url = postgres.settings("test_main")["DATABASE_URL"]
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     env = environment(TEST_DATABASE_URL=url, TEST_REDIS_URL=redis.url)
-    done = subprocess.run([*command, "test_main.py"], cwd=ROOT, env=env, capture_output=True)
+    command.append("test_main.py")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=600)
     print(done.stdout.decode())
     assert done.returncode == 0
 
