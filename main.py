@@ -278,8 +278,8 @@ logger = logging.getLogger("nutshell")
 log_handler = logging.StreamHandler()
 DROPPED_MESSAGES = (  # of uvicorn
     '%s - "WebSocket',  # with its query
-    "connection ",
-    "Invalid UTF-8",
+    "connection ",  # is open, is closed
+    "Invalid UTF-8",  # in a frame, which closes the WebSocket
     "ASGI callable returned without completing handshake",  # for each WebSocket that is refused
 )
 
@@ -751,10 +751,10 @@ async def send_start(send: Send, message: Message) -> None:
 
 def add_state(scope: Scope) -> dict[str, Any]:
     """Makes `request.state`: what chapters read of a request, and the headers that they add."""
-    # Python before 3.11.10 and 3.12.6 reads backslashes of a cookie for seconds (CVE-2024-7592).
-    clean = [(n, v.replace(b"\\", b"") if n == b"cookie" else v) for n, v in scope["headers"]]
-    scope["headers"] = clean
-    headers = dict(clean)
+    headers = dict(scope["headers"])
+    if b"cookie" in headers:  # CVE-2024-7592: older Pythons read its backslashes for seconds
+        pairs = scope["headers"]
+        scope["headers"] = [(n, v.replace(b"\\", b"") if n == b"cookie" else v) for n, v in pairs]
     sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
     request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
     root_path = scope.get("root_path", "")
@@ -1598,9 +1598,10 @@ async def paginate(
         count = statement.with_only_columns(func.count(), maintain_column_froms=True)
     total = (await session.exec(count)).one()
     offset = (query.page - 1) * query.size
-    ids = statement.with_only_columns(table.id).order_by(*order).offset(offset).limit(query.size)
     rows: list[Any] = []
     if offset < total:
+        ids = statement.with_only_columns(table.id).order_by(*order)
+        ids = ids.offset(offset).limit(query.size)
         rows = list(await session.exec(select(table).where(table.id.in_(ids)).order_by(*order)))
     pages = ceil(total / query.size)
     return model(items=rows, total=total, page=query.page, size=query.size, pages=pages)

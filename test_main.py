@@ -1968,16 +1968,22 @@ class MailHandler(socketserver.StreamRequestHandler):
             self.wfile.write(b"235 fine\r\n" if is_login else b"250-fine\r\n250 AUTH PLAIN\r\n")
 
 
-@pytest.fixture
-def mail_server(monkeypatch):
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), MailHandler) as server:
+@contextmanager
+def run_mail_server(handler):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
         server.seconds, server.heard, server.mails = 0, [], []
         server.address = f"127.0.0.1:{server.server_address[1]}"
         server.mails_to = lambda email: [mail for mail in server.mails if mail["To"] == email]
-        monkeypatch.setattr(main.settings, "smtp_url", main.AnyUrl(f"smtp://{server.address}"))
         threading.Thread(target=server.serve_forever, args=[0.01]).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def mail_server(monkeypatch):
+    with run_mail_server(MailHandler) as server:
+        monkeypatch.setattr(main.settings, "smtp_url", main.AnyUrl(f"smtp://{server.address}"))
+        yield server
 
 
 def test_a_welcome_mail_contains_no_user_input(client, mail_server, monkeypatch):

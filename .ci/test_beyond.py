@@ -35,8 +35,8 @@ from websockets.exceptions import ConnectionClosed
 
 import main
 from test_main import PASSWORD, MailHandler, as_person, assert_error, at_once, enter_room, listen
-from test_main import free_port, is_healthy, sign_up, try_login, wait_until, write_comment
-from test_main import write_post
+from test_main import free_port, is_healthy, run_mail_server, sign_up, try_login, wait_until
+from test_main import write_comment, write_post
 from servers import KEY, MAIN, ROOT, UVICORN, Echo, Postgres, Redis, environment, in_readme
 from servers import is_listening, megabytes, patience, requests_per_second, run_caddy
 from servers import run_chromium, run_nginx, send_raw, serve, time_of, times_of_reads
@@ -544,18 +544,14 @@ def tls_mail_server(request, tmp_path):
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
     subprocess.run(command, check=True, capture_output=True)
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), TLSMailHandler) as server:
+    with run_mail_server(TLSMailHandler) as server:
         server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server.tls.load_cert_chain(certificate, key)
         server.starttls = request.param == "smtp"
-        server.seconds, server.heard, server.mails = 0, [], []
         server.handle_error = lambda *_: None  # a client that does not trust it hangs up
         server.certificate = str(certificate)
         server.url = f"{request.param}://us:hunter2@localhost:{server.server_address[1]}"
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(server.serve_forever, 0.01)
-            yield server
-            server.shutdown()
+        yield server
 
 
 def test_mails_and_their_password_are_sent_to_a_server_that_is_trusted_alone(
