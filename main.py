@@ -544,21 +544,12 @@ def note_tables(info: dict[Any, Any], *tables: str) -> None:
 def note_rows(session: Session, _: Any) -> None:
     rows = (*session.new, *session.dirty, *session.deleted)
     note_tables(session.info, *(row.__tablename__ for row in rows))
-    session.info["is_unsaved"] = True
 
 
 @sa.event.listens_for(Session, "do_orm_execute")
 def note_statement(state: Any) -> None:
     if not state.is_select:
         note_tables(state.session.info, ANY_TABLE)
-        if not isinstance(state.statement, sa.TextClause):  # which may only read
-            state.session.info["is_unsaved"] = True
-
-
-@sa.event.listens_for(Session, "after_commit")
-@sa.event.listens_for(Session, "after_rollback")
-def note_end(session: Session) -> None:
-    session.info["is_unsaved"] = session.in_nested_transaction()  # a savepoint's end saves nothing
 
 
 async def forget(tables: set[str]) -> None:
@@ -600,7 +591,7 @@ async def get_write_session() -> AsyncIterator[AsyncSession]:
     """Waits for the writer at its first statement. What was not committed is undone."""
     async with TrackedSession(write_engine, expire_on_commit=False) as session:
         yield session
-        if session.new or session.dirty or session.deleted or session.info.get("is_unsaved"):
+        if session.new or session.dirty or session.deleted:
             logger.warning("what a route wrote is undone: `await session.commit()` is missing")
 
 
