@@ -255,6 +255,10 @@ class Redis:
             pipeline.execute()
             return client.xlen("nutshell:events")
 
+    def count_commands(self):
+        with redis.Redis(port=self.port) as client:
+            return client.info("stats")["total_commands_processed"]
+
     def allow(self, user, is_allowed):
         with redis.Redis(port=self.port) as client:
             client.acl_setuser(user, enabled=is_allowed, nopass=True, keys="*", commands=["+@all"])

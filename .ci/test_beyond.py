@@ -249,6 +249,12 @@ def test_processes_share_events_and_rooms(pair, redis):
     redis.start()
 
 
+def test_processes_that_wait_for_events_hardly_ask_redis(pair, redis):
+    before = redis.count_commands()
+    time.sleep(2)
+    assert 2 <= redis.count_commands() - before < 20
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_without_redis_each_process_goes_on_alone_until_it_is_back(pair, redis, fault):
     ann = sign_up(pair[0].client)
