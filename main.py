@@ -258,7 +258,7 @@ def load_settings() -> Settings:
     except SettingsError as error:  # a secret file that cannot be read
         print(error, file=sys.stderr)
     except ValidationError as error:
-        lines: dict[str, str] = {}
+        lines: dict[str, str] = {}  # one for each name: of a union every type complains
         for problem in error.errors():
             name = str(problem["loc"][0]).upper() if problem["loc"] else ""
             rule = problem["msg"].removeprefix("Value error, ")
@@ -428,11 +428,15 @@ class StartError(Exception):
     """Ends the start with its text as one line."""
 
 
-# SQLAlchemy calls the next four functions. `sa.event.listen`, below, says when.
+# SQLAlchemy calls the next five functions. `sa.event.listen`, below, says when.
 
 
-def set_pragmas(connection: Any, _: Any, pragmas: str = PRAGMAS) -> None:
-    connection.run_async(lambda raw: raw.executescript(pragmas))
+def set_pragmas(connection: Any, _: Any) -> None:
+    connection.run_async(lambda raw: raw.executescript(PRAGMAS))
+
+
+def forbid_writes(connection: Any, _: Any) -> None:
+    connection.run_async(lambda raw: raw.execute_fetchall("PRAGMA query_only=ON"))
 
 
 def on_begin(connection: sa.Connection) -> None:
@@ -470,9 +474,7 @@ if settings.sqlite_file:
         sa.event.listen(engine.sync_engine, "connect", set_pragmas)
     sa.event.listen(write_engine.sync_engine, "begin", on_begin)
     sa.event.listen(write_engine.sync_engine, "reset", on_reset)
-    sa.event.listen(
-        read_engine.sync_engine, "connect", partial(set_pragmas, pragmas="PRAGMA query_only=ON")
-    )
+    sa.event.listen(read_engine.sync_engine, "connect", forbid_writes)
 else:
     options |= {"connect_args": {"timeout": 5, "command_timeout": 5}, "pool_pre_ping": True}
     exception_handlers[TimeoutError] = handle_database_error  # asyncpg's, after these 5 s
@@ -535,21 +537,20 @@ class Memory:
         self.bytes += size
 
 
-def note_tables(info: dict[Any, Any], *tables: str) -> None:
-    """A session knows which tables it has written to."""
-    info.setdefault("written", set()).update(tables)
+# How what was remembered becomes stale: a session notes the tables that it writes to, its commit
+# calls `forget`, which renews the generation of each Memory, and that drops what it holds.
 
 
 @sa.event.listens_for(Session, "after_flush")
 def note_rows(session: Session, _: Any) -> None:
-    rows = (*session.new, *session.dirty, *session.deleted)
-    note_tables(session.info, *(row.__tablename__ for row in rows))
+    for row in (*session.new, *session.dirty, *session.deleted):
+        session.info.setdefault("written", set()).add(row.__tablename__)
 
 
 @sa.event.listens_for(Session, "do_orm_execute")
 def note_statement(state: Any) -> None:
     if not state.is_select:
-        note_tables(state.session.info, ANY_TABLE)
+        state.session.info["written"] = {ANY_TABLE}
 
 
 async def forget(tables: set[str]) -> None:
@@ -562,7 +563,7 @@ class TrackedSession(AsyncSession):
     """Notes which tables it writes to. Each commit makes what was remembered of them stale."""
 
     async def connection(self, *args: Any, **options: Any) -> AsyncConnection:
-        note_tables(self.info, ANY_TABLE)  # its statements are not seen
+        self.info["written"] = {ANY_TABLE}  # its statements are not seen
         return await super().connection(*args, **options)
 
     async def commit(self) -> None:
@@ -621,15 +622,16 @@ def make_tables(connection: sa.Connection) -> None:
     inspector = sa.inspect(connection)
     data = settings.sqlite_file or "the tables"
     for table in SQLModel.metadata.sorted_tables:
-        columns = [column["name"] for column in inspector.get_columns(table.name)]
-        indexes = [index["name"] for index in inspector.get_indexes(table.name)]
+        found = [*inspector.get_columns(table.name), *inspector.get_indexes(table.name)]
+        names = [part["name"] for part in found]
         for part in (*table.columns, *table.indexes):
-            if part.name not in (*columns, *indexes):
+            if part.name not in names:
                 problem = f'table "{table.name}" has no column or index "{part.name}"'
                 advice = f"README says how to change a table. If you need no data, delete {data}"
                 raise StartError(f"DATABASE_URL: {problem}. {advice}")
 
 
+@asynccontextmanager
 async def open_database() -> AsyncIterator[None]:
     if settings.sqlite_file and not settings.sqlite_file.exists():
         settings.sqlite_file.touch(mode=0o600)
@@ -694,15 +696,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Last-Event-ID, X-Request-ID"
 RESPONSE_HEADERS = "ETag, Location, Retry-After, RateLimit, RateLimit-Policy"
 RESPONSE_HEADERS += ", X-Request-ID, X-Process-Time, X-Cache"
-UserEvent = Literal["user.registered", "user.invited", "user.forgot_password"]
-PostEvent = Literal["post.published", "post.updated", "post.deleted"]
-CommentEvent = Literal["comment.created", "comment.deleted"]
-EventKind = UserEvent | PostEvent | CommentEvent
-
+EventKind = Literal[
+    "user.registered", "user.invited", "user.forgot_password",
+    "post.published", "post.updated", "post.deleted", "comment.created", "comment.deleted",
+]  # fmt: skip
 StartFunction = Callable[[], AsyncIterator[None]]
 
 body_limits: dict[str, int] = {}  # by the beginning of a path
-lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = []
+lifespans: list[Callable[[], AbstractAsyncContextManager[None]]] = [open_database]
 listeners: list[Callable[[EventKind, Any], Awaitable[None]]] = []
 demo_accounts: list[dict[str, str]] = []  # shown at the start, and buttons on the page
 tags: list[dict[str, str]] = []  # the headings of /docs, in this order
@@ -718,9 +719,6 @@ async def announce(kind: EventKind, subject: SQLModel) -> None:
     """Tells the listeners what has been committed. The subject is an outgoing schema."""
     for listener in listeners:
         await listener(kind, subject)
-
-
-at_start(open_database)  # of the chapter Database, which stands above this decorator
 
 
 @asynccontextmanager
@@ -862,20 +860,17 @@ class RequestMiddleware:
         try:
             await self.app(scope, limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:
+            is_stop = isinstance(error, asyncio.CancelledError)
             if not scope["state"]["status"]:  # no answer has begun
                 response = await answer_uncaught(scope, error)
                 await response(scope, receive, send)
-            elif is_hung_up(error):
-                pass  # the client has gone
-            elif not isinstance(error, asyncio.CancelledError):
+            elif not is_stop and not is_hung_up(error):
                 raise  # half an answer: the server logs the error and hangs up
-            elif scope["type"] == "http":  # a stop ends a stream
+            elif is_stop and scope["type"] == "http":  # it ends a stream
                 await send({"type": "http.response.body"})
 
 
-# FastAPI's OpenTelemetry. auto_configure: it goes to OTEL_EXPORTER_OTLP_ENDPOINT.
-TELEMETRY = ("tracing", "metrics", "logs", "auto_configure")
-telemetry: Any = dict.fromkeys(TELEMETRY, settings.otel_exporter_otlp_endpoint is not None)
+otel = settings.otel_exporter_otlp_endpoint is not None
 app = FastAPI(
     title="Nutshell",
     summary="A complete API service in one file",
@@ -887,7 +882,7 @@ app = FastAPI(
     redirect_slashes=False,  # the redirect would repeat the Host that the client sent
     generate_unique_id_function=lambda route: route.name,
     responses=errors(400, 413, 500, 503),
-    telemetry=telemetry,
+    telemetry={"tracing": otel, "metrics": otel, "logs": otel, "auto_configure": otel},
     middleware=[Middleware(RequestMiddleware)],
     exception_handlers=exception_handlers,
 )
@@ -1061,12 +1056,12 @@ app.user_middleware.append(Middleware(RateLimitMiddleware))
 # Tokens are JWTs, signed with HS256 and no other algorithm.
 
 MAX_WAITING_PASSWORDS = 64
-MAX_TOKEN_LENGTH = 4_096
+# The end of a signature has four spellings in base64: one of them counts.
+TOKEN = re.compile(r"[\w-]{1,200}\.[\w-]{1,2000}\.[\w-]{42}[AEIMQUYcgkosw048]", re.ASCII)
 # Checking a password against it takes as long as a real check, and always fails.
 DECOY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 hashing_threads = anyio.CapacityLimiter(os.cpu_count() or 1)
 TokenType = Literal["access", "refresh", "cookie", "reset"]
-Result = TypeVar("Result", bytes, bool)
 
 
 def check_waiting_passwords(part: float = 1) -> None:
@@ -1075,20 +1070,21 @@ def check_waiting_passwords(part: float = 1) -> None:
         raise APIError("UNAVAILABLE", "Too many passwords are waiting, try again")
 
 
-async def run_bcrypt(work: Callable[[bytes, bytes], Result], password: str, salt: str) -> Result:
+def digest_password(password: str) -> bytes:
     """bcrypt looks at 72 bytes and stops at a NUL: with a digest every character counts."""
-    check_waiting_passwords()
-    digest = base64.b64encode(hashlib.sha256(password.encode(errors="surrogatepass")).digest())
-    return await anyio.to_thread.run_sync(work, digest, salt.encode(), limiter=hashing_threads)
+    return base64.b64encode(hashlib.sha256(password.encode(errors="surrogatepass")).digest())
 
 
 async def hash_password(password: str) -> str:
-    salt = bcrypt.gensalt(settings.bcrypt_rounds).decode()
-    return (await run_bcrypt(bcrypt.hashpw, password, salt)).decode()
+    check_waiting_passwords()
+    work = partial(bcrypt.hashpw, digest_password(password), bcrypt.gensalt(settings.bcrypt_rounds))
+    return (await anyio.to_thread.run_sync(work, limiter=hashing_threads)).decode()
 
 
 async def verify_password(password: str, hashed_password: str) -> bool:
-    return await run_bcrypt(bcrypt.checkpw, password, hashed_password)
+    check_waiting_passwords()
+    work = partial(bcrypt.checkpw, digest_password(password), hashed_password.encode())
+    return await anyio.to_thread.run_sync(work, limiter=hashing_threads)
 
 
 def read_or_make_secret(file: Path) -> bytes:
@@ -1128,6 +1124,7 @@ class TokenClaims(BaseModel):
 
 
 def create_token(kind: TokenType, user_id: int, expires: datetime, **claims: Any) -> str:
+    """More claims may be given, or others than these for jti and iat."""
     claims = {"jti": secrets.token_urlsafe(), "iat": utc_now()} | claims
     claims |= {"type": kind, "sub": str(user_id), "exp": expires}
     return str(jwt.encode(claims, get_signing_key(), "HS256"))
@@ -1136,8 +1133,8 @@ def create_token(kind: TokenType, user_id: int, expires: datetime, **claims: Any
 def decode_token(token: str, kind: TokenType) -> TokenClaims:
     """Whatever is wrong with it, the answer is the same."""
     try:
-        if len(token) > MAX_TOKEN_LENGTH:
-            raise ValueError("too long")
+        if not TOKEN.fullmatch(token):
+            raise ValueError("malformed")
         claims = TokenClaims.model_validate(jwt.decode(token, get_signing_key(), ["HS256"]))
         if claims.type != kind:
             raise ValueError("another type")
@@ -1240,11 +1237,9 @@ class TokenBearer(OAuth2PasswordBearer):
 
     async def __call__(self, request: HTTPConnection) -> str | None:
         header = request.headers.get("Authorization")
-        protocols = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        # Over HTTP the cache looks at Authorization alone, so no other header may carry a token.
-        is_socket = request.scope["type"] == "websocket"
-        if header is None and is_socket and protocols[0] == "bearer":  # how a browser sends it
-            return protocols[-1].strip()
+        protocols = request.scope.get("subprotocols", [])  # of a WebSocket alone
+        if header is None and protocols[:1] == ["bearer"]:  # how a browser sends it
+            return str(protocols[-1])
         if header is None:
             return None
         scheme, _, token = header.partition(" ")
@@ -1260,6 +1255,7 @@ async def check_origin(request: HTTPConnection) -> None:
         raise APIError("INSUFFICIENT_PERMISSIONS", "This Origin is not in CORS_ORIGINS")
 
 
+# The address is relative: /docs may stand under a prefix.
 BearerToken = Annotated[str | None, Depends(TokenBearer(f".{API}/auth/login"))]
 ANONYMOUS_TOO: Any = {"security": [{}, {"TokenBearer": []}]}  # for /docs
 
@@ -1276,7 +1272,7 @@ async def find_login(
     session: AsyncSession, claims: TokenClaims, statement: Any = LOGIN_OF_TOKEN
 ) -> tuple[User, LoginSession]:
     """The active user of a token, and its login session."""
-    ids = claims.model_dump(include={"sid", "sub"})
+    ids = {"sid": claims.sid, "sub": claims.sub}
     found = (await session.exec(statement, params=ids)).first()
     if found is None:
         raise APIError("INVALID_TOKEN", "The token is malformed, expired or revoked")
@@ -1456,8 +1452,8 @@ async def logout(
 ) -> None:
     """End this session, or all of yours."""
     condition = col(LoginSession.user_id) == me.id
-    if token and not everywhere:
-        condition &= col(LoginSession.id) == decode_token(token, "access").sid
+    if not everywhere:
+        condition &= col(LoginSession.id) == decode_token(token or "", "access").sid
     await session.exec(sa.delete(LoginSession).where(condition))
     await session.commit()
 
@@ -1507,6 +1503,10 @@ class PostUpdate(StrictBody):
     version: StrictInt | None = None
 
 
+# Each UPDATE adds 1 to it, and fails if another request has changed it since.
+VERSION = sa.Column("version", sa.Integer, nullable=False)
+
+
 class Post(PostCreate, TableBase, table=True):
     # Each order has an index that holds what lists filter by: only what is shown is read.
     __table_args__: Any = (
@@ -1518,11 +1518,10 @@ class Post(PostCreate, TableBase, table=True):
         sa.Index("ix_post_author_id", "author_id"),
         {"sqlite_autoincrement": True},
     )
-    # Each UPDATE adds 1 to the version, and fails if another request has changed it since.
-    __mapper_args__ = {"version_id_col": sa.Column("version", sa.Integer, nullable=False)}
+    __mapper_args__ = {"version_id_col": VERSION}
 
     is_published: bool = False
-    version: int = Field(default=None, sa_column=__mapper_args__["version_id_col"])
+    version: int = Field(default=None, sa_column=VERSION)
     updated_at: datetime = Field(default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now})
     author_id: int = Field(foreign_key="user.id", ondelete="CASCADE")
     author: User = Relationship(sa_relationship_kwargs={"lazy": "joined", "innerjoin": True})
@@ -1866,7 +1865,8 @@ class UserCreateByAdmin(UserCreate):
 
 
 class UserUpdate(UserBase):
-    """Only the fields that are sent change. null clears what may be empty."""
+    """Only the fields that are sent change: the defaults are never used. null clears what may be
+    empty."""
 
     model_config = {"json_schema_extra": {"example": {"first_name": "Dora", "bio": "Bees!"}}}
 
@@ -1939,11 +1939,11 @@ def check_may_change_role(sent: set[str], user_id: int, me: UserRead) -> None:
         raise APIError("CONFLICT", "You cannot change your own role, so that an admin remains")
 
 
-users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
-
-
 async def end_logins(session: AsyncSession, user_id: int) -> None:
     await session.exec(sa.delete(LoginSession).where(col(LoginSession.user_id) == user_id))
+
+
+users = APIRouter(prefix=f"{API}/users", tags=["users"], responses=errors(401, 422, 429))
 
 
 @users.get("", responses=errors(403))
@@ -1994,18 +1994,16 @@ async def update_user(
     """Change an account; your own email or password needs current_password."""
     sent = body.model_fields_set
     check_may_change_role(sent, user_id, me)
-    checked_hash = None
+    old_hash = None
     if user_id == me.id and sent & {"email", "password"}:
-        checked_hash = await check_current_password(
-            me, body.current_password, request, read_session
-        )
+        old_hash = await check_current_password(me, body.current_password, request, read_session)
     changes = body.model_dump(exclude_unset=True, exclude={"password", "current_password"})
     if "password" in sent:
         changes["hashed_password"] = await hash_password(body.password)
     if user_id != me.id:
         await check_still_superuser(session, me)
     user = await find_user(session, user_id, lock=True)
-    if checked_hash not in (None, user.hashed_password):
+    if old_hash and old_hash != user.hashed_password:
         raise APIError("CONFLICT", "Your password has changed in the meantime")
     user.sqlmodel_update(changes)
     if "password" in sent or not user.is_active:
@@ -2032,24 +2030,28 @@ async def delete_user(user_id: UserId, me: Superuser, session: WriteSession) -> 
         await announce("post.deleted", PostDeleted(id=post_id))
 
 
+async def make_superuser(email: str, password: str) -> None:
+    """An admin who is there already is left alone."""
+    hashed_password = await hash_password(password)
+    async with prepare_database() as session:
+        found = (await session.exec(select(User).where(User.email == email))).first()
+        if found and found.is_superuser:
+            return
+        user = found or User(email=email, hashed_password="")
+        user.hashed_password = hashed_password
+        user.role = "admin"
+        user.is_active = True
+        session.add(user)
+        await session.flush()
+        await end_logins(session, user.id)
+        if found:
+            logger.info("user %s: role and password changed at the start", user.id)
+
+
 @at_start
 async def make_first_superuser() -> AsyncIterator[None]:
-    """An admin who is there already is left alone."""
-    email = settings.first_superuser_email
-    password = settings.first_superuser_password
-    if email and password:
-        hashed_password = await hash_password(password)
-        async with prepare_database() as session:
-            user = (await session.exec(select(User).where(User.email == email))).first()
-            if user is None or not user.is_superuser:
-                user = user or User(email=email, hashed_password=hashed_password)
-                user.hashed_password = hashed_password
-                user.role = "admin"
-                user.is_active = True
-                session.add(user)
-                await session.flush()
-                await end_logins(session, user.id)
-                logger.info("user %s: role and password changed at the start", user.id)
+    if settings.first_superuser_email and settings.first_superuser_password:
+        await make_superuser(settings.first_superuser_email, settings.first_superuser_password)
     yield
 
 
@@ -2169,7 +2171,7 @@ class EventHub:
         return -1
 
     async def subscribe(self, position: int, post_id: int | None = None) -> AsyncIterator[Event]:
-        """What comes after this position. Where the log no longer has it: `reset`."""
+        """The events from this number on, or `reset` where the log no longer has them."""
         while True:
             if position >= self.position:
                 await self.changed.wait()
@@ -2274,12 +2276,13 @@ async def send_messages(websocket: WebSocket, post_id: int, position: int) -> No
 
 
 async def check_access(
-    websocket: WebSocket, post_id: int, token: str | None, session: AsyncSession
+    websocket: WebSocket, post_id: int, me: UserRead, token: str | None, session: AsyncSession
 ) -> None:
     """Ends the room when the token is no longer valid, or the post no longer visible."""
     while True:
         await asyncio.sleep(CHECK_SECONDS)
-        me = await get_optional_user(websocket, token, session)
+        # Without a token `me` comes from an override.
+        me = await get_optional_user(websocket, token, session) or me
         await find_post(session, post_id, me)
         await session.close()
 
@@ -2303,7 +2306,7 @@ async def join_room(
             tasks.start_soon(receive_messages, websocket, post.id, me)
             tasks.start_soon(send_events, websocket, post.id, event_position)
             tasks.start_soon(send_messages, websocket, post.id, chat_position)
-            tasks.start_soon(check_access, websocket, post.id, token, session)
+            tasks.start_soon(check_access, websocket, post.id, me, token, session)
     except* WebSocketDisconnect:
         pass  # the client has gone
     except* (APIError, exc.SQLAlchemyError) as group:
@@ -2330,7 +2333,7 @@ def deliver(to: str, subject: str, body: str) -> None:
     mail["Subject"] = subject
     mail.set_content(body, cte="8bit")
     if url is None:
-        print(f"--- Mail to {to}: {subject}\n{body}---", flush=True)
+        print(f"--- Mail to {to}: {subject}\n{body}---\n", end="", flush=True)
         return
     host = (url.host or "").strip("[]")
     is_smtps = url.scheme == "smtps"
@@ -2507,7 +2510,7 @@ async def verify(
         headers = request.headers
         is_page = "text/html" in headers.get("accept", "").lower()
         if query.sign_in[0] and is_page and headers.get("x-forwarded-method", "GET") == "GET":
-            path = quote(headers.get("x-forwarded-uri", "/"), safe="")
+            path = quote(headers.get("x-forwarded-uri", "/").encode("latin-1"), safe="")
             return redirect_to_sign_in(request, 302, f"?next={path}")
         raise APIError("INVALID_TOKEN", "Not signed in: send Authorization: Bearer …")
     if "admin" in query.role and not visitor.is_superuser:
@@ -2525,7 +2528,7 @@ async def verify(
 
 @gate.get("/sign-in", include_in_schema=False)
 async def show_sign_in(request: Request, visitor: Visitor) -> Response:
-    """The path is all that stands behind `next=`: nginx sends it as it is, Caddy escaped."""
+    """The path is all that stands behind `next=`, `&` too: nginx does not escape it, Caddy does."""
     _, _, path = request.url.query.partition("next=")
     path = local_path(path if path.startswith("/") else unquote(path))
     if visitor:
@@ -2722,7 +2725,7 @@ class SharedRedis:
     is_up: bool | None = None  # None: not tried yet
     trusted_from = 0.0
     client: Any
-    hubs: dict[str, "EventHub"]  # quoted, so that Live events may be cut out
+    hubs: dict[str, EventHub]
 
     async def start(self) -> AsyncIterator[None]:
         self.client = redis.from_url(str(settings.redis_url), decode_responses=True)
@@ -3119,7 +3122,9 @@ async def print_start_lines() -> AsyncIterator[None]:
     host = str(settings.host)
     if getattr(settings.host, "is_unspecified", False):
         host = socket.gethostname()
-    address = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    if ":" in host:
+        host = f"[{host}]"
+    address = f"http://{host}:{settings.port}"
     url = sa.make_url(settings.database_url)
     file = settings.sqlite_file
     data = file.absolute() if file else f"{url.host}, database {url.database}"

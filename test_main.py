@@ -14,6 +14,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import string
 import subprocess
 import sys
 import tempfile
@@ -291,7 +292,8 @@ def is_healthy(address):
 @pytest.fixture(scope="session")
 def production(tmp_path_factory):
     settings = PRODUCTION | {"FORWARDED_ALLOW_IPS": "127.0.0.1", "LOG_LEVEL": "debug"}
-    settings["REFRESH_TOKEN_EXPIRE_DAYS"] = "3"
+    settings |= {"REFRESH_TOKEN_EXPIRE_DAYS": "3", "FIRST_SUPERUSER_EMAIL": ADMIN_EMAIL}
+    settings["FIRST_SUPERUSER_PASSWORD"] = PASSWORD
     with run_main(tmp_path_factory.mktemp("production"), **settings) as client:
         yield client
 
@@ -460,6 +462,7 @@ def test_no_secret_is_logged(production):
     find_line(production, ann.api.patch("/users/me", json=change))
     log = production.read_log()
     assert "SELECT" in log  # it runs with LOG_LEVEL=debug
+    assert "changed at the start" not in log  # since the first superuser is new
     tokens = (ann.tokens["access_token"], ann.tokens["refresh_token"])
     for secret in (ann.email, PASSWORD, NEW_PASSWORD, "hunter2", "$2b$", "of-production", *tokens):
         assert secret not in log
@@ -853,6 +856,7 @@ def test_the_current_user_can_be_overridden(client, admin, monkeypatch, name):
         assert client.get("/users").json()["items"][0]["email"] == ADMIN_EMAIL
         assert client.post("/posts", json=POST).json()["author"]["id"] == admin.id
         assert client.get(draft).is_success == (name == "get_optional_user")
+        assert_error(client.post("/auth/logout"), 401, "INVALID_TOKEN")  # of which session?
     assert client.get(draft).status_code == 404  # nothing of it is remembered
 
 
@@ -1073,12 +1077,15 @@ def forge(token):  # most of these have a good signature
     yield from (f"{header}.{payload}", f"{header}.{payload}.", f"{header}.{boss}.{signature}")
     yield from (f"{deep}.{payload}.{signature}", f"{header}.{deep}.{signature}", "W1tb" * 1_000)
     yield from (sign(b"[" * 2_000), sign([1]), "a" * 15_000, ".", "..", "\x80", "x")
-    yield from (f"{token}A", f"{token}.A", jwt.encode(claims, "x" * 40))
+    yield from (f"{token}{junk}" for junk in ("A", "=", "@@", ".A"))
+    letters = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"  # base64
+    yield from (token[:-1] + letter for letter in letters if letter != token[-1])
+    yield jwt.encode(claims, "x" * 40)
 
 
 @pytest.mark.parametrize(("kind", "other"), [("access", "refresh"), ("refresh", "access")])
 def test_a_forged_token_is_refused_even_on_public_routes(client, ann, kind, other):
-    paths = ["/users/me", "/posts", "/posts/1", "/events", "/auth/verify"] * 20
+    paths = ["/users/me", "/posts", "/posts/1", "/events", "/auth/verify"] * 40
     for token in [ann.tokens[f"{other}_token"], *forge(ann.tokens[f"{kind}_token"])]:
         headers = {"Authorization": f"Bearer {token}".encode("latin-1")}
         answer = client.get(paths.pop(), headers=headers)
@@ -1335,6 +1342,8 @@ def test_comments_are_listed_oldest_first(client, ann, ben):
     page = client.get(f"/posts/{post}/comments?page=2&size=2").json()
     assert page == {"items": comments[2:], "total": 3, "page": 2, "size": 2, "pages": 2}
     assert client.get(f"/posts/{post}/comments").json()["items"] == comments
+    ann.api.delete(f"/comments/{comments[1]['id']}")
+    assert client.get(f"/posts/{post}/comments").json()["items"] == [comments[0], comments[2]]
 
 
 # --- Users ----------------------------------------------------------------------------------------
@@ -1742,11 +1751,15 @@ def test_an_event_is_sent_after_the_commit(ann, ben, admin, monkeypatch, method,
         await commit(session)
         steps.append("commit")
 
+    async def forget(tables, forget=main.forget):
+        await forget(tables)
+        steps.append("forget")
+
     monkeypatch.setattr(main, "listeners", [note])
+    monkeypatch.setattr(main, "forget", forget)
     monkeypatch.setattr(main.AsyncSession, "commit", commit)
     assert api.request(method, path.format(**ids), json=body).is_success
-    first, *others = steps
-    assert (first, len(others)) == ("commit", 1)
+    assert (steps[:2], len(steps)) == (["commit", "forget"], 4)  # and once more at the end
 
 
 def test_a_stream_continues_after_the_last_event_id_or_is_reset(client, ann):
@@ -1929,6 +1942,15 @@ def test_a_connection_is_closed_when_its_access_ends(url, client, ann, ben, admi
         assert [get_close_code(room) for room in rooms[:3]] == [4401, 4401, 4404]
         say(rooms[3], "Still here")
         assert hear(rooms[3])["text"] == "Still here"
+
+
+def test_a_room_stays_open_for_an_overridden_user(url, admin, monkeypatch):
+    draft = write_post(admin, is_published=False)["id"]
+    user = main.UserRead.model_validate(admin.api.get("/users/me").json())
+    monkeypatch.setitem(main.app.dependency_overrides, main.get_optional_user, lambda: user)
+    monkeypatch.setattr(main, "CHECK_SECONDS", 0.05)
+    with enter_room(url, admin, draft, additional_headers={}) as room, pytest.raises(TimeoutError):
+        room.recv(0.3)
 
 
 # --- Mail -----------------------------------------------------------------------------------------
