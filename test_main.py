@@ -2120,6 +2120,8 @@ def test_a_browser_signs_in_on_the_way_to_an_app(browser, ann):
     assert answer.headers["location"] == "/sign-in?next=%2Fapp%3Fa%3D1%26b%3D%2520"
     for address in answer.headers["location"], f"/sign-in?next={PATH}":  # nginx escapes nothing
         assert 'name="next" type="hidden" value="/app?a=1&amp;b=%20"' in browser.get(address).text
+    raw = browser.get(f"{VERIFY}?sign_in=true", headers={"X-Forwarded-Uri": "/é".encode()})
+    assert raw.headers["location"].endswith("next=%2F%C3%A9")
     answer = sign_in(browser, ann, next=PATH)
     assert (answer.status_code, answer.headers["location"]) == (303, PATH)
     answer = browser.get(VERIFY)
