@@ -2974,13 +2974,13 @@ const KINDS = "post.published post.updated post.deleted comment.created comment.
 const SECRET = /(?<="password":)"(?:[^"\\]|\\.)*"|(?<=password=)[^&']*|eyJ[\w-]+\.[\w.-]+/g;
 const $ = (id) => document.getElementById(id), quoted = (s) => `'${s.replaceAll("'", "'\\''")}'`;
 const show = (texts) => { for (const id in texts) $(id).textContent = texts[id]; };
-let tokens, me, post, shown, newest, command, stream, busy, timer, waiting, loading, looked = 0;
+let tokens, me, post, shown, newest, command, stream, busy, timer, waiting, loading, shownAt = 0;
 function make(tag, properties, ...inside) {  // append() makes text of what people wrote, never HTML
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...inside);
   return element;
 }
-const keep = (found) => { sessionStorage.nutshell = JSON.stringify(tokens = found); load(); };
+const setTokens = (found) => { sessionStorage.nutshell = JSON.stringify(tokens = found); load(); };
 async function call(method, path, body, isShown = method !== "GET") {  // shown as "Last call"
   const url = new URL(`api/v1${path}`, location).href;
   const headers = tokens ? { Authorization: `Bearer ${tokens.access_token}` } : {};
@@ -2995,7 +2995,7 @@ async function call(method, path, body, isShown = method !== "GET") {  // shown 
     const pretty = `${status} ${text && JSON.stringify(found, null, 2)}`.replace(SECRET, "…");
     show({ call: command.replace(SECRET, "…"), answer: pretty, copy: "Copy" });
   }
-  if (status === 401 && headers.Authorization?.endsWith(tokens?.access_token)) keep(null);
+  if (status === 401 && headers.Authorization?.endsWith(tokens?.access_token)) setTokens(null);
   if (!answer.ok) throw Object.assign(Error(found.detail ?? status), { ...found, status });
   return found;
 }
@@ -3009,17 +3009,17 @@ const commentCard = (one) => card(`comment${one.id}`, one, "",
 const postCard = (one) => card(`post${one.id}`, one,
   make("a", { href: `#${one.id}`, ariaCurrent: one.id === post?.id }, one.title),
   one.is_published ? "" : make("mark", {}, "draft"));
-const gone = (error) => { if (error.status !== 404 && error.status !== 422) throw error; };
-async function look() {
+const ifMissing = (error) => { if (error.status !== 404 && error.status !== 422) throw error; };
+async function refresh() {
   me = tokens && await call("GET", "/users/me");
   const drafts = me ? (await list("/users/me/posts")).filter((one) => !one.is_published) : [];
   const posts = [...drafts, ...await list("/posts")];
-  const id = Number(location.hash.slice(1)) || (looked ? post : posts[0])?.id;
-  const found = id && await call("GET", `/posts/${id}`, undefined, id !== shown).catch(gone);
+  const id = Number(location.hash.slice(1)) || (shownAt ? post : posts[0])?.id;
+  const found = id && await call("GET", `/posts/${id}`, undefined, id !== shown).catch(ifMissing);
   shown = id;
   const comments = found ? await list(`/posts/${id}/comments`) : [];
   const focus = document.activeElement.closest("li")?.id;  // of what is replaced
-  looked = performance.now();
+  shownAt = performance.now();
   post = found;  // here, at once with what is shown: the buttons are for it
   $("posts").replaceChildren(...posts.map(postCard));
   $("comments").replaceChildren(...comments.map(commentCard));
@@ -3032,14 +3032,14 @@ async function look() {
   $("delete").hidden = !post || !mayDelete(post);
 }
 const load = () => waiting ??= new Promise((done) => setTimeout(done)).then(() => loading)
-  .then(() => { waiting = null; return loading = look().then(tell, tell); });  // all share one
-const later = (ms) => timer ??= setTimeout(() => { timer = null; load(); }, ms);
-function tell(error) {
+  .then(() => { waiting = null; return loading = refresh().then(report, report); });  // one for all
+const loadIn = (ms) => timer ??= setTimeout(() => { timer = null; load(); }, ms);
+function report(error) {
   show({ live: stream.readyState !== 1 ? "reconnecting" : error?.message ?? "connected" });
-  if (error) later(5000);
+  if (error) loadIn(5000);
 }
 const actions = {  // of each form: its fields, and the value of the button that was pressed
-  login: (_, account) => call("POST", "/auth/login", new URLSearchParams(account)).then(keep),
+  login: (_, account) => call("POST", "/auth/login", new URLSearchParams(account)).then(setTokens),
   async enter(fields, isNew) {
     if (isNew) await call("POST", "/auth/register", fields);
     await actions.login(fields, { username: fields.email, password: fields.password });
@@ -3049,14 +3049,14 @@ const actions = {  // of each form: its fields, and the value of the button that
   change: (_, publish) => call(publish ? "POST" : "DELETE", `/posts/${post?.id}${publish}`),
   comment: (fields) => call("POST", `/posts/${post?.id}/comments`, fields),
   uncomment: (_, id) => call("DELETE", `/comments/${id}`),
-  leave: () => call("POST", "/auth/logout").then(() => { keep(null); location.replace("."); }),
+  leave: () => call("POST", "/auth/logout").then(() => { setTokens(null); location.replace("."); }),
 };
-function complain(form, wrong) {  // at the field that is wrong, or below the form
+function showError(form, wrong) {  // at the field that is wrong, or below the form
   const field = form.elements[wrong.loc?.at(-1)];
   (field?.parentNode ?? form).append(make("div", { role: "alert" }, wrong.msg ?? wrong));
   field?.focus();
 }
-const turnTo = () => document.activeElement.matches("input, textarea") || $("title").focus();
+const focusTitle = () => document.activeElement.matches("input, textarea") || $("title").focus();
 document.onclick = (event) => { if (event.detail > 1) event.preventDefault(); };  // a double click
 document.onsubmit = async (event) => {
   event.preventDefault();
@@ -3065,33 +3065,33 @@ document.onsubmit = async (event) => {
   const { target, submitter } = event, fields = Object.fromEntries(new FormData(target));
   document.querySelectorAll("[role=alert]").forEach((alert) => alert.remove());
   await actions[target.id](fields, submitter?.value).then(() => target.reset(), (error) =>
-    [error.detail ?? error.message].flat().reverse().forEach((wrong) => complain(target, wrong)));
+    [error.detail ?? error.message].flat().reverse().forEach((wrong) => showError(target, wrong)));
   busy = false;
-  await load().then(turnTo);
+  await load().then(focusTitle);
 };
-window.onhashchange = $("posts").onclick = () => load().then(turnTo);
-const fill = (event) => { event.clipboardData.setData("text", command); event.preventDefault(); };
+window.onhashchange = $("posts").onclick = () => load().then(focusTitle);
+const onCopy = (event) => { event.clipboardData.setData("text", command); event.preventDefault(); };
 $("copy").onclick = () => {  // navigator.clipboard is only there with https or localhost
-  document.addEventListener("copy", fill, { once: true });
+  document.addEventListener("copy", onCopy, { once: true });
   show({ copy: document.execCommand("copy") ? "Copied" : "Not copied" });
 };
-function hear({ type, data }) {
+function onEvent({ type, data }) {
   const { id, post_id, title, text, author } = JSON.parse(data), [kind, happened] = type.split(".");
   const about = title ?? text ?? $(`post${post_id ?? id}`)?.querySelector("a").innerText ?? "";
   const by = make("small", {}, `${new Date().toLocaleTimeString()} ${author?.full_name ?? ""}`);
   $("feed").prepend(make("li", {}, by, ` ${kind} ${happened}: ${about}`));
   $("feed").children[8]?.remove();
   newest = kind + id;
-  later(looked + 3000 - performance.now());
+  loadIn(shownAt + 3000 - performance.now());
 }
 function listen() {
   stream = new EventSource("api/v1/events");
-  for (const kind of KINDS.split(" ")) stream.addEventListener(kind, hear);
+  for (const kind of KINDS.split(" ")) stream.addEventListener(kind, onEvent);
   stream.onopen = load;
-  stream.onerror = () => { tell(); if (stream.readyState === 2) setTimeout(listen, 3000); };
+  stream.onerror = () => { report(); if (stream.readyState === 2) setTimeout(listen, 3000); };
 }
 listen();
-keep(JSON.parse(sessionStorage.nutshell ?? null));  // of this tab: two tabs can be two people
+setTokens(JSON.parse(sessionStorage.nutshell ?? null));  // of this tab: two tabs can be two people
 </script>"""
 CONTENT_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 CONTENT_POLICY += "connect-src 'self'; img-src data:; require-trusted-types-for 'script'; "

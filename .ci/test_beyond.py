@@ -945,7 +945,7 @@ def test_many_events_are_few_requests(open_window, service):
         write_post(dora, title=f"Number {number}")
     window.see("post published: Number 39")
     window.find("#posts a", "Number 39")
-    window.do("hear({ type: 'post.deleted', data: '{\"id\": 0}' })")  # of one that is not listed
+    window.do("onEvent({ type: 'post.deleted', data: '{\"id\": 0}' })")  # of one that is not listed
     assert "undefined" not in window.text()
     assert window.do("document.getElementById('feed').children.length") == 8
     assert len(window.events("Network.requestWillBeSent")) - before < 20
