@@ -2725,7 +2725,7 @@ class SharedRedis:
     is_up: bool | None = None  # None: not tried yet
     trusted_from = 0.0
     client: Any
-    hubs: dict[str, EventHub]
+    hubs: dict[str, "EventHub"]  # quoted, since Live events may be taken out
 
     async def start(self) -> AsyncIterator[None]:
         self.client = redis.from_url(str(settings.redis_url), decode_responses=True)
