@@ -208,7 +208,7 @@ def run_exercises(folder, main_py, *names):
     env = environment(PYTHONPATH="", COLUMNS="10000")
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     print(done.stdout)
-    failed = dict(re.findall(r"(?m)^FAILED test_main.py::(\S+) - (.*)", done.stdout))
+    failed = dict(re.findall(r"(?m)^FAILED test_main.py::(.+?) - (.*)", done.stdout))
     assert done.returncode == bool(failed), done.stdout + done.stderr
     return failed
 
