@@ -358,8 +358,10 @@ def test_four_processes_start_on_one_empty_database(tmp_path, request, database,
 
 
 def write_until_killed(service, seconds, kept, gone, comments, emails):
-    """Notes what was acknowledged by a service that is killed after these seconds."""
+    """Notes what was acknowledged by a service that is killed after these seconds, or later if it
+    has done too little."""
     ann = sign_up(service.client)
+    enough = len(gone) + 3
 
     def write(_):
         while service.process.poll() is None:
@@ -376,8 +378,11 @@ def write_until_killed(service, seconds, kept, gone, comments, emails):
 
     with ThreadPoolExecutor(5) as pool:
         writers = pool.map(write, range(5))
-        time.sleep(seconds)
-        service.process.kill()
+        try:
+            time.sleep(seconds)
+            wait_until(lambda: len(gone) >= enough, 30)
+        finally:
+            service.process.kill()
     list(writers)
 
 
