@@ -146,7 +146,8 @@ def run(*command, **options):
 
 @contextmanager
 def serve(folder, *command, prefix="", port=None, **settings):
-    """`python main.py`, or another command; its database is app.db in the folder."""
+    """`python main.py`, or another command; its database is app.db in the folder. Whatever it is
+    asked for, and when it is stopped, its log has no traceback."""
     folder.mkdir(exist_ok=True)
     port = port or free_port()
     url = f"http://127.0.0.1:{port}{prefix}"
@@ -161,6 +162,7 @@ def serve(folder, *command, prefix="", port=None, **settings):
         wait_until(lambda: process.poll() is not None or is_healthy(url), 30)
         assert process.poll() is None, (folder / "log").read_text()
         yield Service(url, port, process, client, folder, time.monotonic() - started)
+    assert "Traceback" not in (folder / "log").read_text()
 
 
 class Postgres:
