@@ -81,13 +81,13 @@ def times_of_reads(service, seconds=3):
     return statistics.median(times), statistics.quantiles(times, n=100)[98]
 
 
-def requests_per_second(service, path, token, body, folder):
+def requests_per_second(service, path, person, body, folder):
     script = 'wrk.method = "POST"\nwrk.headers["Content-Type"] = "application/json"\n'
     (folder / "post.lua").write_text(f"{script}wrk.body = {json.dumps(json.dumps(body))}")
     command = ["wrk", "-t1", "-c32", "-d2s", service.url + path]
     command += ["-s", folder / "post.lua"] if body else []
     if body or path.endswith("/me"):
-        command += ["-H", f"Authorization: Bearer {token}"]
+        command += ["-H", f"Authorization: {person.api.headers['Authorization']}"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Non-2xx" not in told, told
     return float(re.search(r"Requests/sec: +([\d.]+)", told)[1])

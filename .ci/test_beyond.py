@@ -82,9 +82,8 @@ def postgres():
 
 def test_all_of_test_main_passes_on_postgresql_with_redis(postgres, redis):
     url = postgres.settings("test_main")["DATABASE_URL"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_main.py"]
     env = environment(TEST_DATABASE_URL=url, TEST_REDIS_URL=redis.url)
-    command.append("test_main.py")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=600)
     print(done.stdout.decode())
     assert done.returncode == 0
@@ -92,10 +91,7 @@ def test_all_of_test_main_passes_on_postgresql_with_redis(postgres, redis):
 
 OUTAGES = {  # how it begins, and how it ends
     "gone": (Postgres.stop, Postgres.start),
-    "frozen": (
-        lambda postgres: postgres.signal(signal.SIGSTOP),
-        lambda postgres: postgres.signal(signal.SIGCONT),
-    ),
+    "frozen": (lambda it: it.signal(signal.SIGSTOP), lambda it: it.signal(signal.SIGCONT)),
 }
 
 
@@ -147,17 +143,14 @@ def test_a_lock_that_postgresql_does_not_give_is_503(postgres, tmp_path):
 
 FAULTS = {  # what happens, and how it ends
     "frozen": (
-        lambda redis: redis.process.send_signal(signal.SIGSTOP),
-        lambda redis: redis.process.send_signal(signal.SIGCONT),
+        lambda it: it.process.send_signal(signal.SIGSTOP),
+        lambda it: it.process.send_signal(signal.SIGCONT),
     ),
     "stopped": (Redis.stop, Redis.start),
     "flushed": (Redis.flush, Redis.flush),
     "spoilt": (Redis.spoil, Redis.flush),
-    "full": (
-        lambda redis: redis.configure("maxmemory", "1"),
-        lambda redis: redis.configure("maxmemory", "0"),
-    ),
-    "locked": (Redis.lock, lambda redis: redis.configure("requirepass", "", "hunter2")),
+    "full": (lambda it: it.configure("maxmemory", "1"), lambda it: it.configure("maxmemory", "0")),
+    "locked": (Redis.lock, lambda it: it.configure("requirepass", "", "hunter2")),
 }
 
 
@@ -406,9 +399,8 @@ def test_sigterm_lets_a_request_finish_and_ends_all_else(tmp_path):
         ):
             write_comment(ann, post)  # takes its turn behind what was sent before
             listener.wait(1)
-            started = time.monotonic()
-            assert service.stop() in STOPPED
-            assert time.monotonic() - started < 7
+            assert time_of(service.stop) < 7
+            assert service.process.returncode in STOPPED
             assert slow.recv(1_000).startswith(b"HTTP/1.1 201 ")
             assert stuck.recv(1_000).startswith(b"HTTP/1.1 503 ")
             assert get_close_code(room)
@@ -516,10 +508,9 @@ class TLSMailHandler(MailHandler):
                 self.rfile.readline()
                 self.wfile.write(answer)
         self.request = self.server.tls.wrap_socket(self.request, server_side=True)
-        if self.server.starttls:
-            socketserver.StreamRequestHandler.setup(self)  # without another greeting
-        else:
-            super().setup()
+        socketserver.StreamRequestHandler.setup(self)
+        if not self.server.starttls:
+            self.wfile.write(b"220 hello\r\n")
 
     def finish(self):
         super().finish()
@@ -543,9 +534,7 @@ def tls_mail_server(request, tmp_path):
         yield server
 
 
-def test_mails_and_their_password_are_sent_to_a_server_that_is_trusted_alone(
-    tls_mail_server, tmp_path
-):
+def test_mails_and_passwords_are_sent_to_a_trusted_server_alone(tls_mail_server, tmp_path):
     settings = {"SMTP_URL": tls_mail_server.url, "SSL_CERT_FILE": tls_mail_server.certificate}
     with serve(tmp_path / "stranger", SMTP_URL=tls_mail_server.url) as service:
         sign_up(service.client)
@@ -678,9 +667,7 @@ def test_only_admins_pass_what_is_for_admins(front, service, path):
 def test_a_shared_cache_keeps_nothing_that_was_asked_for_with_a_token(service, tmp_path):
     need("nginx")
     port = free_port()
-    cache = (
-        f"proxy_pass http://127.0.0.1:{service.port}; proxy_cache zone; proxy_cache_valid any 1m"
-    )
+    cache = f"proxy_pass {service.url}; proxy_cache zone; proxy_cache_valid any 1m"
     server = f"server {{ listen 127.0.0.1:{port}; location / {{ {cache};"
     server += "add_header Found $upstream_cache_status always; } }"
     ann, ben = sign_up(service.client), sign_up(service.client)
@@ -772,9 +759,8 @@ def test_what_one_window_writes_another_sees_at_once_and_it_stays_text(open_wind
     for window in (mine, theirs):
         assert window.do("document.querySelectorAll('main img, main script').length") == 0
         assert [entry for entry in window.complaints() if "422" not in entry["text"]] == []
-        sent = window.events("Network.requestWillBeSent")
-        urls = [event["request"]["url"] for event in sent]
-        assert [url for url in urls if not url.startswith((demo.url, "data:"))] == []
+        for event in window.events("Network.requestWillBeSent"):
+            assert event["request"]["url"].startswith((demo.url, "data:"))
     mine.call("Network.setBlockedURLs", urls=["*/auth/logout"])
     mine.press("Sign out")
     mine.see("Sign out Failed to fetch")  # so the login has not ended
@@ -792,9 +778,8 @@ def test_who_may_delete_finds_a_button(open_window, demo):
         window.see(f"{name} {'admin' if name == 'Cleo' else 'user'} Sign out")
     ann.fill("Title", "For deletion")
     ann.fill("Text", "Soon gone.")
-    ann.do(
-        "for (const _ of '12') document.querySelector('#write button').click()"
-    )  # once is enough
+    # Once is enough.
+    ann.do("for (const _ of '12') document.querySelector('#write button').click()")
     dora = open_window(demo.url)
     dora.see("Live connected", "200 {")
     assert dora.do("post.title") == "For deletion"  # the newest, without a click
@@ -1073,10 +1058,8 @@ def test_clients_that_never_read_delay_nobody(tmp_path):
 
         deaf = socket.create_connection(("127.0.0.1", service.port))
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        room = enter_room(
-            service.url, ann, post, sock=deaf, max_queue=1, close_timeout=0, ping_interval=None
-        )
-        stack.enter_context(room)
+        options = {"sock": deaf, "max_queue": 1, "close_timeout": 0, "ping_interval": None}
+        stack.enter_context(enter_room(service.url, ann, post, **options))
         with listen(service.client) as listener, send_raw(service.port, EVENTS):
             ids = at_once(5, comment)
             heard = [data["id"] for _, data in listener.wait(1_500)]
@@ -1213,11 +1196,8 @@ MEASURED = {  # what two processes on PostgreSQL and Redis reach at least, of on
 def test_two_processes_on_postgresql_and_redis_are_worth_it(postgres, redis, tmp_path):
     need("wrk")
     common = {"LOG_LEVEL": "warning", "RATE_LIMIT": "1000000/second"}
-    two = postgres.settings("two") | {"REDIS_URL": redis.url, "WEB_CONCURRENCY": "2"}
-    with (
-        serve(tmp_path / "one", **common) as one,
-        serve(tmp_path / "two", **common, **two) as other,
-    ):
+    two = common | postgres.settings("two") | {"REDIS_URL": redis.url, "WEB_CONCURRENCY": "2"}
+    with serve(tmp_path / "one", **common) as one, serve(tmp_path / "two", **two) as other:
         people = {service: sign_up(service.client) for service in (one, other)}
         for person in people.values():
             for _ in range(30):
@@ -1227,10 +1207,7 @@ def test_two_processes_on_postgresql_and_redis_are_worth_it(postgres, redis, tmp
         for name, (least, path, body) in MEASURED.items():
             ratios = []
             for _ in range(3):
-                rates = [
-                    requests_per_second(s, path, people[s].tokens["access_token"], body, tmp_path)
-                    for s in (one, other)
-                ]
+                rates = [requests_per_second(s, path, people[s], body, tmp_path) for s in people]
                 ratios.append(rates[1] / rates[0])
             ratio = statistics.median(ratios)
             print(f"{name}: {ratio:.2f} of one process on SQLite")
