@@ -734,6 +734,14 @@ def demo(tmp_path_factory):
         yield demo
 
 
+@pytest.fixture
+def window(open_window, demo):
+    """A window that shows the first post of the demo."""
+    window = open_window(demo.url)
+    window.see("Live connected", "200 {")
+    return window
+
+
 def test_what_one_window_writes_another_sees_at_once_and_it_stays_text(open_window, demo):
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     mine, theirs = open_window(demo.url), open_window(demo.url)
@@ -811,9 +819,7 @@ def test_who_may_delete_finds_a_button(open_window, demo):
         assert [entry for entry in window.complaints() if "404" not in entry["text"]] == []
 
 
-def test_the_last_call_stands_as_a_command_whose_secrets_only_copy_shows(open_window, demo):
-    window = open_window(demo.url)
-    window.see("Live connected", "200 {")
+def test_the_last_call_stands_as_a_command_whose_secrets_only_copy_shows(window):
     window.sign_up("Dora")
     window.see('"access_token": "…"', "password=…")
     assert not re.search(f"{PASSWORD}|eyJ", window.text())
@@ -829,9 +835,7 @@ def test_the_last_call_stands_as_a_command_whose_secrets_only_copy_shows(open_wi
     assert json.loads(done.stdout)["title"] == 'It\'s "quoted" \\ $HOME `id`'
 
 
-def test_what_is_wrong_stands_at_its_field(open_window, demo):
-    window = open_window(demo.url)
-    window.see("Live connected", "200 {")  # the first post is there
+def test_what_is_wrong_stands_at_its_field(window):
     window.fill("Email", "nobody")
     window.fill("Password", "qwertyuiop")
     window.press("Sign up")
@@ -871,9 +875,7 @@ def test_a_restart_costs_a_visible_reconnecting_and_nothing_else(open_window, tm
 
 
 @pytest.mark.parametrize("lost", ["*/posts/*/comments*", "*/posts/*", "*/posts?size*"])
-def test_what_cannot_be_read_now_stays_as_it_is_and_is_tried_again(open_window, demo, lost):
-    window = open_window(demo.url)
-    window.see("Live connected", "200 {")
+def test_what_cannot_be_read_now_stays_as_it_is_and_is_tried_again(window, lost):
     window.open("Walnuts")
     window.see("Mine did.")
     window.call("Network.setBlockedURLs", urls=[lost])
@@ -886,8 +888,7 @@ def test_what_cannot_be_read_now_stays_as_it_is_and_is_tried_again(open_window, 
     window.see("Who decides?", "Live connected")
 
 
-def test_without_a_stream_the_page_is_there_and_asks_again(open_window, demo):
-    window = open_window(demo.url)
+def test_without_a_stream_the_page_is_there_and_asks_again(window):
     window.press("Sign in as Ben")
     window.see("Ben user Sign out")
     window.call("Fetch.enable", patterns=[{"urlPattern": "*/events"}])
@@ -914,9 +915,7 @@ def test_many_events_are_few_requests(open_window, service):
     assert len(window.events("Network.requestWillBeSent")) - before < 20
 
 
-def test_the_page_works_by_keyboard_on_a_phone_and_on_a_projector(open_window, demo):
-    window = open_window(demo.url)
-    window.see("Live connected", "Night train")
+def test_the_page_works_by_keyboard_on_a_phone_and_on_a_projector(window):
     focus = "document.activeElement.closest('li, form')?.id"
     window.do("document.querySelector('#enter [name=email]').focus()")
     window.call("Input.insertText", text="ben@example.com")
