@@ -485,7 +485,7 @@ def raise_error(name: str):
 @own.get("/half", response_class=StreamingResponse)
 def get_half():
     yield "half an answer"
-    raise RAISED["bug"]
+    raise ExceptionGroup("of a task group", [RAISED["bug"]])
 
 
 @own.get("/{role}")
@@ -650,7 +650,7 @@ def test_a_route_without_a_commit_writes_nothing_and_is_named_in_the_log(ann, ca
     assert ann.api.get("/users/me").json() == before
 
 
-SAVED = ["change", "statement", "text", "connection", "post connection", "post statement"]
+SAVED = ["change", "statement", "connection", "post connection", "post statement", "post text"]
 
 
 @pytest.mark.parametrize("how", [*(f"{how} commit" for how in SAVED), "change rollback", "nothing"])
