@@ -223,9 +223,9 @@ class Listener:
                     self.events.append((fields["event"], json.loads(fields["data"])))
                     fields = {}
 
-    def wait(self, number):
+    def wait(self, number, seconds=5):
         """Returns the events as soon as there are so many."""
-        wait_until(lambda: len(self.events) >= number)
+        wait_until(lambda: len(self.events) >= number, seconds)
         return self.events
 
 
@@ -1803,11 +1803,11 @@ def test_a_slow_client_does_not_delay_others(url, client, ann, ben, monkeypatch)
         wait_until(lambda: len(main.listening) == 4)
         monkeypatch.setattr(main, "listeners", [publish_often])
         ann.api.patch(f"/posts/{post}", json={"content": "New"})
-        assert {kind for kind, _ in listener.wait(1_500)} == {"post.updated"}
+        assert {kind for kind, _ in listener.wait(1_500, 30)} == {"post.updated"}
         assert len(set(listener.ids)) == 1_500
         assert [hear(room)["id"] for _ in range(1_500)] == listener.ids
     with listen(client, last_event_id=listener.ids[499]) as again:
-        assert len(again.wait(1_000)) == 1_000
+        assert len(again.wait(1_000, 30)) == 1_000
         assert again.ids == listener.ids[500:]
     with listen(client, last_event_id=listener.ids[498]) as too_late:
         assert too_late.wait(1) == [("reset", {})]
@@ -2044,9 +2044,8 @@ def test_without_starttls_no_password_is_sent(client, mail_server, monkeypatch, 
 def test_many_posts_leave_places_for_mails_to_people(client, ann, mail_server, monkeypatch, caplog):
     wait_until(lambda: not main.mail_threads)
     monkeypatch.setattr(main, "MAX_MAILS", 4)
-    mail_server.seconds = 0.3
-    for _ in range(3):
-        write_post(ann)
+    mail_server.seconds = 0.5
+    at_once(3, lambda _: write_post(ann))
     assert "mail not sent: 2 are under way" in caplog.text
     ben = sign_up(client)
     wait_until(lambda: mail_server.mails_to(ben.email))
@@ -2057,8 +2056,9 @@ def test_where_no_thread_can_be_started_only_the_mail_is_lost(client, monkeypatc
         def start(self):
             raise RuntimeError("can't start new thread")
 
+    system = SimpleNamespace(Thread=Thread, current_thread=threading.current_thread)
     with monkeypatch.context() as patch:
-        patch.setattr(main, "threading", SimpleNamespace(Thread=Thread))
+        patch.setattr(main, "threading", system)
         sign_up(client)
     assert "mail not sent: the system has no thread left" in caplog.text
     wait_until(lambda: not main.mail_threads)

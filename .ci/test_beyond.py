@@ -1057,7 +1057,7 @@ def test_clients_that_never_read_delay_nobody(tmp_path):
         stack.enter_context(enter_room(service.url, ann, post, **options))
         with listen(service.client) as listener, send_raw(service.port, EVENTS):
             ids = at_once(5, comment)
-            heard = [data["id"] for _, data in listener.wait(1_500)]
+            heard = [data["id"] for _, data in listener.wait(1_500, 30)]
         for of_one_writer in ids:
             assert [number for number in heard if number in of_one_writer] == of_one_writer
         stack.enter_context(send_raw(service.port, EVENTS))
