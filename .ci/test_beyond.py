@@ -611,6 +611,8 @@ def test_a_browser_signs_in_and_is_where_it_wanted_to_be(front, service):
     assert answer.status_code == 302
     page = front.get(answer.headers["location"]).text
     path = html.unescape(re.search('name="next" type="hidden" value="(.*?)"', page)[1])
+    foreign = {"Origin": "http://evil.example"}
+    assert front.post("/sign-in", data={"next": path}, headers=foreign).status_code == 403
     assert sign_in(front, ann, password="x").status_code == 401
     answer = sign_in(front, ann, next=path)
     assert (answer.status_code, answer.headers["location"]) == (303, "/any?x=1&y=%20")
